@@ -3,7 +3,8 @@
 OLD and NEW are folders of commands (`.venv/bin` of two checkouts). Three sites plan, train two rounds and fetch the
 model, with every combination of versions at the coordinator and at the sites. Once more they plan with the old version
 and train with the new one, whose coordinator goes on with the old one's folder, verifies its log, makes a backup and
-restores it. All must end with the same results, byte by byte.
+restores it. All must end with the same results, byte by byte. At last, sites of the old version are invited to a
+federation of the new one that masks updates; what they say is printed.
 """
 
 from __future__ import annotations
@@ -108,6 +109,19 @@ def look_after(folder: Path, commands: Path) -> None:
         subprocess.run([str(commands / "nnUNetv2_fed_admin"), *words], check=True, capture_output=True, text=True)
 
 
+def meet_masks(folder: Path, raw: Path, *, coordinator: Path, sites: Path) -> str:
+    """Invite sites to a federation that masks updates; return what is said of it."""
+    with versions(coordinator=coordinator, sites=sites):
+        try:
+            invited = make_sites(folder, raw)
+            with simulate.running_coordinator(
+                folder / "coordinator", invited, [*OPTIONS, "--secure"], show=lambda line: None
+            ):
+                return "they join it"
+        except simulate.SimulationError as error:
+            return str(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run every combination and print whether all ended alike; status 1 if not."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -135,6 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder / "continued", raw, first=arguments.old.absolute(), then=arguments.new.absolute()
         )
         look_after(folder / "continued" / "coordinator", arguments.new.absolute())
+        said = meet_masks(folder / "masked", raw, coordinator=arguments.new.absolute(), sites=arguments.old.absolute())
     reference = next(iter(found.values()))
     print("| versions | results and models | as the first line |\n|---|---|---|")
     for name, results in found.items():
@@ -144,6 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if reference.get(key) != results.get(key):
                 print(f"differs: {key}")
     print("The new version verified, saved and restored the old one's federation.")
+    print(f"Sites of the old version that are invited to a federation with masks: {said}")
     return 0 if all(results == reference for results in found.values()) else 1
 
 

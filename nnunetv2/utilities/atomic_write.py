@@ -58,7 +58,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
                 raise FileNotFoundError(f"nothing was written for {path}")
             companions = [file for file in scratch.iterdir() if file != written]
             for file in (*companions, written):
-                _flush_to_disk(file)
+                flush_to_disk(file)
                 name = stem + file.name.removeprefix(scratch_stem) if file.name.startswith(scratch_stem) else file.name
                 file.replace(target.parent / name)
     finally:
@@ -99,10 +99,15 @@ def _split_name(name: str) -> tuple[str, str, str]:
     return stem, "image" if ending and "." in stem else stem, ending
 
 
-def _flush_to_disk(path: Path) -> None:
-    # Without this a power failure after the rename can leave a complete name with empty content. Windows refuses to
-    # flush a descriptor that is open for reading only.
-    descriptor = os.open(path, os.O_RDWR)
+def flush_to_disk(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, durable.
+
+    Without this a power failure after a rename can leave a complete name with empty content.
+    """
+    is_folder = path.is_dir()
+    if is_folder and os.name == "nt":
+        return  # Windows keeps folders durable on its own, and does not open them
+    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # it flushes no file that is open for reading
     try:
         os.fsync(descriptor)
     finally:

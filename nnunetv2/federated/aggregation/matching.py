@@ -47,6 +47,8 @@ _DTYPES = {
 }
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 SHAREABLE = frozenset({"F32", "F16"})
+_SUFFIX = "#"
+"""Between the common name of a tensor and what tells several groups of sites apart."""
 _DECODER = re.compile(r"((?:.*\.)?decoder\.(?:stages|transpconvs|seg_layers)\.)([0-9]+)(\..+)")
 
 
@@ -144,7 +146,7 @@ def match_tensors(manifests: Mapping[str, Manifest], *, rule: Rule, min_sites: i
 
 def match_by_name(manifests: Mapping[str, Manifest], *, min_sites: int = 2) -> Matching:
     """Match tensors whose names are equal. Nothing is refused; see `match_tensors`."""
-    return _match(manifests, lambda manifest: {entry.name: normalise_name(entry.name) for entry in manifest}, min_sites)
+    return _match(manifests, _own_names, min_sites)
 
 
 def match_by_resolution(manifests: Mapping[str, Manifest], *, min_sites: int = 2) -> Matching:
@@ -165,13 +167,36 @@ def choose_owners(shared: Mapping[str, Mapping[str, str]], weights: Mapping[str,
     return {name: min(sites, key=lambda site: (-weights[site], site)) for name, sites in shared.items()}
 
 
+def check_names(shared: Mapping[str, str], manifest: Manifest, *, rule: Rule) -> None:
+    """Raise MatchingError unless a site's tensors go by the names that the rule gives them.
+
+    Args:
+        shared: Canonical name -> the site's own name.
+        manifest: The tensors of the site.
+    """
+    common = _NAMES[rule](manifest)
+    for canonical, local in sorted(shared.items()):
+        if canonical.partition(_SUFFIX)[0] != common[local]:
+            raise MatchingError(
+                f"the coordinator takes tensor {canonical} for {local} of this site, which by the rule {rule} is "
+                f"{common[local]}: nothing was sent. Use matching versions; else show this to the coordinating site"
+            )
+
+
+def _own_names(manifest: Manifest) -> dict[str, str]:
+    return {entry.name: normalise_name(entry.name) for entry in manifest}
+
+
 def _names_by_resolution(manifest: Manifest) -> dict[str, str]:
-    names = {entry.name: normalise_name(entry.name) for entry in manifest}
+    names = _own_names(manifest)
     stages = _decoder_stages(names.values())
     return {
         local: _DECODER.sub(lambda found: f"{found[1]}r{stages[found[1]] - 1 - int(found[2])}{found[3]}", name)
         for local, name in names.items()
     }
+
+
+_NAMES: Mapping[Rule, Callable[[Manifest], dict[str, str]]] = {"name": _own_names, "resolution": _names_by_resolution}
 
 
 def _decoder_stages(names: Iterable[str]) -> dict[str, int]:
@@ -231,7 +256,8 @@ def _suffix(
         "x".join(map(str, max((entry.shape for entry in layer[group[0]].values()), key=math.prod))) for group in groups
     ]
     number = groups.index(sites)
-    return f"#{labels[number]}" if labels.count(labels[number]) == 1 else f"#{labels[number]}.{number}"
+    label = labels[number] if labels.count(labels[number]) == 1 else f"{labels[number]}.{number}"
+    return _SUFFIX + label
 
 
 def _coverage(

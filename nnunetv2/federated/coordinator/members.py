@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.coordinator.storage.store import InvitationRecord, MemberRecord, Role, Store, Traffic
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.privacy.secure_aggregation.protocol import check_most
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.messages import MAX_SITES
 
@@ -108,7 +109,8 @@ class Members:
             The secret of the invitation.
 
         Raises:
-            RefusedError: The name is taken by another role, or by a member that differs in upper and lower case only.
+            RefusedError: The name is taken by another role, or by a member that differs in upper and lower case only;
+                or there are as many sites as can be.
         """
         with self._lock:
             now, settings = self._state.clock(), self._state.settings
@@ -134,6 +136,8 @@ class Members:
                 present = MemberRecord(name, role, "invited", None, now, known)
             invitation = new_invitation(name, now=now, lifetime_s=lifetime_s)
             if role == "site" and name not in settings.sites:
+                if settings.secure is not None:  # with one too many, a run at work could mask no further round
+                    check_most(len(settings.sites) + 1)
                 settings = settings.model_copy(update={"sites": tuple(sorted((*settings.sites, name)))})
             self._state.save_members(
                 [present],

@@ -107,6 +107,12 @@ def _unknown_run(state: FederationState, run: str) -> RefusedError:
 
 def _change(state: FederationState, run: str, action: str, name: str) -> None:
     control = state.registry.control(run)
+    if action == "resume" and control.state == "stopped" and state.settings.secure is not None:
+        raise RefusedError(
+            f"run {run} was stopped, and its sites have deleted the keys with which they masked in it",
+            "Begin another federation; its sites can start from the model of this one (--initial-weights).",
+            code="run_stopped",
+        )
     if action == "leave":
         control = replace(control, left=control.left | {name})
     elif action == "return":

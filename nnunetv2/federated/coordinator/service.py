@@ -28,7 +28,7 @@ from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.coordinator.storage.audit_log import LOGGED_CHARACTERS, Event
 from nnunetv2.federated.coordinator.storage.partial_uploads import PartialUploads
 from nnunetv2.federated.coordinator.storage.quotas import check_room
-from nnunetv2.federated.coordinator.storage.store import Role, Store, Traffic, flush
+from nnunetv2.federated.coordinator.storage.store import Role, Store, Traffic
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, Verdict, judge
 from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
@@ -36,6 +36,7 @@ from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import Document, open_document
 from nnunetv2.federated.protocol.keys import Key, RegistrationKey, RunKey, UploadKey, run_with_plans
+from nnunetv2.utilities.atomic_write import flush_to_disk
 from nnunetv2.utilities.plain_text import excerpt
 
 logger = logging.getLogger(__name__)
@@ -248,7 +249,7 @@ class Coordinator:
         except FederationError as error:
             self._log_refusal(key, site, error)
             raise
-        flush(incoming)  # the bulk of the work, and not under the lock that all sites of the exchange wait for
+        flush_to_disk(incoming)  # the bulk of the work, and not under the lock that all sites of the exchange wait for
         place = self._place_of(sent_to, site, digest)
         with self.state.locks[str(place)]:
             exchange = self._begin(place)

@@ -8,6 +8,7 @@ Their arithmetic is in `privacy/secure_aggregation/fixed_point.py`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import numpy as np
@@ -58,8 +59,8 @@ class MaskedCodec(Protocol):
         """
         ...
 
-    def settle(self) -> None:
-        """Note that what was encoded last has counted."""
+    def settle(self, names: Iterable[str]) -> None:
+        """Note that what was encoded last of these tensors has counted."""
         ...
 
     def decode(self, words: np.ndarray, before: np.ndarray, *, total: int, bits: int, exponent: int) -> np.ndarray:
@@ -99,7 +100,7 @@ class MaskedWeights:
         except fixed_point.DivergedError as error:
             raise fixed_point.DivergedError(f"tensor {name}: {error}") from error
 
-    def settle(self) -> None:
+    def settle(self, names: Iterable[str]) -> None:
         """Keep nothing."""
 
     def decode(self, words: np.ndarray, before: np.ndarray, *, total: int, bits: int, exponent: int) -> np.ndarray:
@@ -148,12 +149,13 @@ class MaskedChanges:
         sent = fixed_point.encode_changes_(change, weight, weight_bits=bits, exponent=exponent, out=out)
         self._next_rests[name] = change - sent
 
-    def settle(self) -> None:
-        """Keep the rests of the last encoding, which has counted.
+    def settle(self, names: Iterable[str]) -> None:
+        """Keep the rests of the last encoding of tensors that have counted.
 
-        If it has not, the rests before it are still due.
+        Where it has not, as in a sum that stayed sealed, the rests before it are still due.
         """
-        self._rests = {**self._rests, **self._next_rests}
+        settled = {name: self._next_rests[name] for name in names if name in self._next_rests}
+        self._rests = {**self._rests, **settled}
 
     def decode(self, words: np.ndarray, before: np.ndarray, *, total: int, bits: int, exponent: int) -> np.ndarray:
         """Return the aggregate before, with the mean of changes.

@@ -24,7 +24,7 @@ from typing import Any, Literal, TypeVar
 
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.privacy.accounting import NoisySteps, epsilon_of
-from nnunetv2.utilities.atomic_write import naming
+from nnunetv2.utilities.atomic_write import flush_to_disk, naming
 from nnunetv2.utilities.file_lock import lock_file
 from nnunetv2.utilities.hash_chain import START, chained_hash, first_break
 
@@ -243,7 +243,7 @@ def _append(
             os.ftruncate(descriptor, end)
             raise
         if not end:
-            _sync_folder(path.parent)
+            flush_to_disk(path.parent)
         return _parse(path, content[:end] + written)[0]
 
 
@@ -285,13 +285,3 @@ def _read_all(descriptor: int) -> bytes:
 def _write_all(descriptor: int, content: bytes) -> None:
     while content:
         content = content[os.write(descriptor, content) :]
-
-
-def _sync_folder(folder: Path) -> None:
-    if os.name == "nt":  # where folders cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

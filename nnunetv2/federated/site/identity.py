@@ -103,6 +103,11 @@ def secure_folder(federation: str, gathering: str, credential_file: Path | None 
     return beside(credential_file, ".secure").joinpath(digest, *map(segment, gathering.split("/")))
 
 
+def has_run_key(federation: str, gathering: str, credential_file: Path | None = None) -> bool:
+    """Tell whether this site has a key for a gathering."""
+    return (secure_folder(federation, gathering, credential_file) / EXCHANGE_KEY_FILE).exists()
+
+
 def run_key(federation: str, gathering: str, credential_file: Path | None = None) -> tuple[X25519PrivateKey, SignedKey]:
     """Return this site's key for one gathering, signed by its identity.
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from nnunetv2.federated.aggregation import late_join
+from nnunetv2.federated.aggregation.matching import check_names
 from nnunetv2.federated.aggregation.weighted_mean import OUTLIER_FACTOR
 from nnunetv2.federated.errors import FederationError, RefusedError, WireError
 from nnunetv2.federated.exchanges.masked_codecs import MaskedCodec, masked_codec_of
@@ -39,9 +40,8 @@ from nnunetv2.federated.privacy.trust import trust_mode
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
-from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.credential import SiteCredential
-from nnunetv2.federated.site.identity import forget_run_keys, load_identity, run_key, secure_folder
+from nnunetv2.federated.site.identity import forget_run_keys, has_run_key, load_identity, run_key, secure_folder
 from nnunetv2.federated.site.masking import Fill, Masking, SiteKeys
 from nnunetv2.federated.site.outbox import Outbox
 from nnunetv2.federated.site.roster import trusted_keys
@@ -89,7 +89,7 @@ class MaskedRun:
         self._credential_file = credential_file
         assert settings.secure is not None, "updates are masked"
         self._least = settings.secure.k
-        self._weighting = settings.weighting
+        self._weighting, self._num_rounds = settings.weighting, settings.num_rounds
         self._training = training_digest(settings)
         self._outbox = Outbox(secure_folder(credential.federation, f"runs/{run}", credential_file))
         self._registered: frozenset[str] = frozenset()
@@ -113,11 +113,19 @@ class MaskedRun:
 
         Raises:
             RefusedError: `run_began_anew`: the coordinator knows nothing of this site, which has masked for this run,
-                and nobody here has said that this is right.
+                and nobody here has said that this is right. `run_key_lost`: it does, and the key is no longer here.
         """
+        self._gathering = str(key)
+        if is_known and not has_run_key(self._credential.federation, self._gathering, self._credential_file):
+            raise RefusedError(
+                f"the key with which this site masks in run {self.run} is no longer here, and the others know no other "
+                "one: nothing was sent",
+                f"Bring back {secure_folder(self._credential.federation, self._gathering, self._credential_file)} from "
+                "a backup. Else this run goes on without this site; it takes part in the next federation.",
+                code="run_key_lost",
+            )
         if not is_known and self._outbox.has_promises:
             self._begin_anew()
-        self._gathering = str(key)
         _, signed = run_key(self._credential.federation, self._gathering, self._credential_file)
         return registration.model_copy(update={"keys": signed, "trust": trust_mode()})
 
@@ -150,18 +158,17 @@ class MaskedRun:
 
         Raises:
             RefusedError: A key is not that of its site; see `roster.trusted_keys`.
+            MatchingError: A tensor goes by another one's name, so that its site would learn nothing, or next to it.
         """
+        names = {name: sites[self.site] for name, sites in match.shared.items() if self.site in sites}
+        check_names(names, registration.tensors, rule=match.rule)
         self.match = match
         self._registered = frozenset(registered)
         self._registration = registration
         self._codec: MaskedCodec = masked_codec_of(match.precision)
         self._weight = registration.num_training_cases if self._weighting == "cases" else 1
         entries = {entry.name: entry for entry in registration.tensors}
-        self._specs = {
-            name: TensorSpec(entries[sites[self.site]].dtype, entries[sites[self.site]].shape)
-            for name, sites in match.shared.items()
-            if self.site in sites
-        }
+        self._specs = {name: TensorSpec(entries[local].dtype, entries[local].shape) for name, local in names.items()}
         private, _ = run_key(self._credential.federation, self._gathering, self._credential_file)
         secrets = SiteKeys(load_identity(self._credential_file), private.private_bytes_raw())
         self._masking = Masking(self.transport, site=self.site, keys=secrets, outbox=self._outbox)
@@ -196,8 +203,8 @@ class MaskedRun:
             weights: As downloaded, under canonical names.
         """
         self._aggregates = [*self._aggregates, (message, weights)][-2:]
-        if message.round is not None and self.match.num_epochs is not None:
-            self.is_over |= message.round + 1 >= Rounds(self.match.exchange_every).count(self.match.num_epochs)
+        if message.round is not None and self._num_rounds is not None:
+            self.is_over |= message.round + 1 >= self._num_rounds
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> Document[messages.Aggregate]:
         """Mask the weights of a round, help to unmask the sum, and return the aggregate.
@@ -226,7 +233,7 @@ class MaskedRun:
         self.is_over |= message.round < number  # the operator has stopped it
         if message.round >= number:
             if self.site in message.contributors:
-                self._codec.settle()
+                self._codec.settle(unsealed(plan, message.contributors))
             self._outbox.drop(str(upload_key))
         return document
 
@@ -388,6 +395,16 @@ class MaskedRun:
             except FederationError as error:
                 return f"validation of round {number}: {error}"
         return None
+
+
+def unsealed(plan: RoundPlan, contributors: Collection[str]) -> list[str]:
+    """Return the tensors whose sums were opened: those that enough contributors hold."""
+    return [
+        name
+        for group in plan.groups
+        if len({*group.holders} & {*contributors}) >= plan.sum.least
+        for name in group.tensors
+    ]
 
 
 def rms_change(weights: Weights, start: Weights) -> float:

@@ -24,6 +24,7 @@ from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol.document import Document, TensorSpec, open_document, write_document
 from nnunetv2.federated.protocol.messages import Message
 from nnunetv2.federated.site.private_files import locked
+from nnunetv2.utilities.atomic_write import flush_to_disk
 
 SPENT_FILE = "spent.jsonl"
 LOCK_FILE = "lock"
@@ -53,7 +54,9 @@ class Outbox:
         self._folder = folder
         self._documents = folder / "outbox"
         self._documents.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._lines = self._load()
+        self._lines: list[_Line] = []
+        with self._alone():  # which reads them, while nobody appends one
+            pass
 
     # ------------------------------------------------------------------------------------------------ documents
     def held(self, exchange: str) -> Document[Any] | None:
@@ -78,11 +81,11 @@ class Outbox:
         """
         with self._alone():
             if (document := self.held(exchange)) is not None:
-                self.check_context(exchange, context)
+                self._check_context(exchange, context)
                 return document
             self.check_unspent(exchange, context)
             write_document(self._path(exchange), message, specs, tensors)
-            _flush_folder(self._documents)
+            flush_to_disk(self._documents)
             self._append(_Line("masked", exchange, context))
             return open_document(self._path(exchange))
 
@@ -122,6 +125,10 @@ class Outbox:
 
     def check_context(self, exchange: str, context: str) -> None:
         """Raise RefusedError, `round_spent`, if what is held was masked in another context."""
+        with self._alone():
+            self._check_context(exchange, context)
+
+    def _check_context(self, exchange: str, context: str) -> None:
         found = self._of("masked", exchange)
         if not found:  # the machine went down when the document was there and the promise was not
             self._append(_Line("masked", exchange, context))
@@ -195,7 +202,7 @@ class Outbox:
         finally:
             os.close(descriptor)
         if is_new:
-            _flush_folder(self._folder)
+            flush_to_disk(self._folder)
         self._lines.append(line)
 
     def _load(self) -> list[_Line]:
@@ -220,13 +227,3 @@ class Outbox:
 def file_stem(exchange: str) -> str:
     """Return the name of an exchange's file, without its ending."""
     return exchange.replace("/", "~")
-
-
-def _flush_folder(path: Path) -> None:
-    if os.name == "nt":  # which keeps folders durable on its own, and does not open them
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

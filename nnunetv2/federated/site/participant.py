@@ -113,7 +113,10 @@ class Participant:
         is_late = has_begun and self.site not in state.registered
         key = keys.AdmissionKey(self.run, self.site) if is_late else keys.RegistrationKey(self.run)
         masked = self._masked_run()
-        self._masked = None if state.closed else masked  # of a run that is over, only the last average is wanted
+        if masked is not None and state.closed:  # of a run that is over, only the last average is wanted
+            masked.forget()
+            masked = None
+        self._masked = masked
         if self._masked is not None:
             is_known = self.site in state.registered or self.site in state.members
             registration = self._masked.sign_registration(registration, key, is_known=is_known)

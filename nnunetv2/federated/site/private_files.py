@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nnunetv2.federated.errors import FederationError
-from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.utilities.atomic_write import flush_to_disk, replacing
 from nnunetv2.utilities.file_lock import lock_file
 
 LOCK_PATIENCE_S = 60.0
@@ -23,12 +23,7 @@ def write_private(path: Path, content: bytes) -> None:
         descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-    if os.name != "nt":  # which keeps folders durable on its own, and does not open them
-        descriptor = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    flush_to_disk(path.parent)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from nnunetv2.federated.aggregation.matching import (
+    check_names,
     choose_owners,
     count_parameters,
     describe_tensors,
@@ -312,3 +313,20 @@ def test_one_site_is_no_federation():
 def test_one_site_among_many_that_shares_nothing_is_named():
     with pytest.raises(MatchingError, match="site C shares only 0 of its 9 parameters"):
         match_tensors({"A": manifest_of(5), "B": manifest_of(5), "C": entries(other=(9,))}, rule="name")
+
+
+# --------------------------------------------------------------------------------------------- what sites are told
+@pytest.mark.parametrize("rule", ["name", "resolution"])
+def test_sites_find_the_names_right_that_a_match_gives_to_their_tensors(rule):
+    manifests = {"A": manifest_of(6), "B": manifest_of(5), "C": manifest_of(6, kind="residual"), "D": manifest_of(5)}
+    manifests["E"] = manifests["F"] = manifest_of(5, kernels=((1, 3, 3),) + ((3, 3, 3),) * 4)
+    shared = match_tensors(manifests, rule=rule).shared
+    assert any("#" in name for name in shared)
+    for site, manifest in manifests.items():
+        names = {name: sites[site] for name, sites in shared.items() if site in sites}
+        check_names(names, manifest, rule=rule)
+        first, second = next(
+            (one, other) for one, other in itertools.combinations(names, 2) if one.split("#")[0] != other.split("#")[0]
+        )
+        with pytest.raises(MatchingError, match="which by the rule"):
+            check_names({**names, first: names[second], second: names[first]}, manifest, rule=rule)

@@ -185,3 +185,17 @@ def test_a_site_that_joins_again_shows_the_same_identity_unless_it_was_lost(tmp_
 
 def _changing(credential) -> dict:
     return {"token": credential.token, "joined_with": credential.joined_with}
+
+
+def test_no_more_sites_are_invited_than_can_mask_with_each_other(tmp_path):
+    """One too many would be admitted to a run at work, whose next round could not be masked any more."""
+    names = tuple(f"S{number:02}" for number in range(64))
+    federation = Federation(tmp_path / "federation", sites=names, secure={"k": 3})
+    with pytest.raises(RefusedError, match="64 sites at most, not for 65") as info:
+        federation.coordinator.invite("T", "site", by="boss")
+    assert info.value.code == "too_many_sites_for_secure" and len(federation.coordinator.settings.sites) == 64
+    federation.coordinator.invite("watcher", "observer", by="boss")
+    for name in names[:-1]:
+        federation.coordinator.revoke(name, by="boss")
+    federation.coordinator.invite("T", "site", by="boss")  # there are two now, and others may follow
+    federation.store.close()

@@ -79,7 +79,7 @@ def test_what_is_cut_comes_with_the_next_rounds():
         trained = start.astype(np.float32) + (learned if number == 0 else 0)
         words = as_words(codec, trained, start, -3, np.uint16)
         assert np.array_equal(words, as_words(codec, trained, start, -3, np.uint16))  # the same until it has counted
-        codec.settle()
+        codec.settle(["w"])
         kept = codec.decode(words, kept, total=3, bits=4, exponent=-3).astype(np.float32)
         start = kept.astype(np.float16)
     assert np.abs(kept - learned).max() < 1e-3

@@ -18,7 +18,7 @@ from masked_sites import THREE, MaskedSite, masked_settings, masked_site
 from patience import PATIENCE_S
 
 from nnunetv2.federated.coordinator.members import Member
-from nnunetv2.federated.errors import FederationError, NotAllowedError, RefusedError, WireError
+from nnunetv2.federated.errors import FederationError, MatchingError, NotAllowedError, RefusedError, WireError
 from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, UploadStep
 from nnunetv2.federated.privacy.identities import public_of, roster_number, sign_run_key
 from nnunetv2.federated.privacy.secure_aggregation import protocol
@@ -27,6 +27,7 @@ from nnunetv2.federated.privacy.secure_aggregation.masking import apply_masks_
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import TensorSpec, open_document
 from nnunetv2.federated.protocol.keys import (
+    AdmissionKey,
     InitialKey,
     RegistrationKey,
     RoundKey,
@@ -198,6 +199,54 @@ def test_a_key_of_another_run_is_refused(three):
     sites = sites_of(three, "ABC")
     three.about(REGISTRATION, told_keys(B=elsewhere))
     assert code_of(outcomes(sites, lambda site: site.register())["A"]) == "run_key_forged"
+
+
+def test_a_swapped_run_key_of_a_site_that_comes_late_is_refused(tmp_path):
+    with lying(tmp_path, sites="ABCD") as liar:
+        sites = sites_of(liar, "ABC")
+        operator, registry = Member("boss", "operator"), liar.federation.state.registry
+
+        def proceed() -> None:
+            wait_until(lambda: len(liar.received(REGISTRATION)) == 3)
+            liar.federation.coordinator.act(RUN, api.RunAction(action="proceed"), operator)
+
+        in_threads(*(lambda site=site: site.register() for site in sites.values()), proceed)
+        outcomes(sites, lambda site: site.start())
+        late = masked_site(liar.federation, "D", seed=3)
+        late.join()
+        outcomes(sites, play)
+        assert registry.cohort(RUN, 1) == frozenset("ABCD")
+        late.start()
+
+        def lie(site, admitted, tensors):
+            swapped = admitted.keys["D"].model_copy(update={"exchange_key": public_of(X25519PrivateKey.generate())})
+            return admitted.model_copy(update={"keys": {**admitted.keys, "D": swapped}}), tensors
+
+        liar.about(AdmissionKey(RUN, "D"), lie)
+        found = outcomes({"A": sites["A"]}, lambda site: play(site, 1))
+        assert code_of(found["A"]) == "run_key_forged" and "for site D" in str(found["A"])
+        assert nothing_masked_was_sent(liar, "A", 1)
+
+
+# ---------------------------------------------------------------------------------------------------- names of tensors
+@pytest.mark.parametrize("told", ["ABC", "BC"], ids=["everybody", "them alone"])
+def test_sites_that_are_to_take_one_tensor_for_another_refuse(three, told):
+    """A factor of 0 in the place of a summand lets networks learn nothing: a sum would be that of the one site left."""
+    shapes = {"encoder.weight": (4, 3), "norm.weight": (4,), "norm.bias": (4,)}
+    sites = {name: masked_site(three.federation, name, seed=seed, shapes=shapes) for seed, name in enumerate("ABC")}
+
+    def lie(site, match, tensors):
+        shared = {name: dict(of) for name, of in match.shared.items()}
+        for victim in "BC":
+            shared["norm.weight"][victim], shared["norm.bias"][victim] = "norm.bias", "norm.weight"
+        return (match.model_copy(update={"shared": shared}), tensors) if site in told else None
+
+    three.about(REGISTRATION, lie)
+    found = outcomes(sites, lambda site: site.register())
+    for name in "BC":
+        assert isinstance(found[name], MatchingError), found
+        assert "takes tensor norm.bias for norm.weight of this site" in str(found[name])
+    assert all(nothing_masked_was_sent(three, name) for name in "ABC")
 
 
 # ------------------------------------------------------------------------------------------------------------ settings
@@ -441,6 +490,21 @@ def test_what_is_told_of_other_sites_to_one_alone_leaves_no_sum_of_how_far_they_
     begin(sites)
     stop_when_all_have_sent(three, sites, UploadKey(RUN, 0), play)
     assert cancels(seeds.sums(three, UploadKey(RUN, 0))["changes"]) is not is_lie
+
+
+def test_another_scale_that_is_told_to_one_site_alone_leaves_no_sum_of_anything(three, monkeypatch, takes_anything):
+    """Else its weights could be made so small that the sum would be that of the others."""
+    seeds, sites = Seeds(monkeypatch), sites_of(three, "ABC")
+
+    def lie(site, message, tensors):
+        begin = message.next_round.model_copy(update={"weight_bits": 20})
+        return (message.model_copy(update={"next_round": begin}), tensors) if site == "A" else None
+
+    three.about(InitialKey(RUN), lie)
+    begin(sites)
+    stop_when_all_have_sent(three, sites, UploadKey(RUN, 0), play)
+    sums = seeds.sums(three, UploadKey(RUN, 0))
+    assert len(sums) >= 3 and not any(cancels(words) for words in sums.values())
 
 
 @pytest.mark.slow

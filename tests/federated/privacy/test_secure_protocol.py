@@ -273,3 +273,32 @@ def test_a_lane_that_every_site_sends_cannot_have_lost_a_site_alone():
     for survivors in ({"w": some, "loss": everybody}, {"loss": everybody}):
         with pytest.raises(RefusedError, match="cannot be"):
             check(meeting.cohort, lanes, survivors, site="s0", least=K, optional=["loss"])
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [("s0", "s1", "s2", "z"), ("s0", "s1", "s2", "s4"), ("s0", "s1", "s2", "s2"), ("s2", "s1", "s0")],
+    ids=["nobody's name", "a site that does not hold it", "twice", "out of order"],
+)
+def test_a_lane_that_sites_may_leave_out_lets_nobody_in_who_makes_up_the_number(loss):
+    """Three of five are too few; a fourth name in a lane that need not be whole must not make them enough."""
+    meeting = Meeting([f"s{number}" for number in range(5)])
+    lanes = [Lane("w", meeting.cohort.sites[:4], "U32", 4), Lane("loss", meeting.cohort.sites[:4], "U64", 1)]
+    check = protocol.check_survivors
+    for survivors in ({"w": ("s0", "s1", "s2"), "loss": loss}, {"w": ("s0", "s1", "s2", "s3"), "loss": loss}):
+        with pytest.raises(RefusedError, match="cannot be"):
+            check(meeting.cohort, lanes, survivors, site="s0", least=K, optional=["loss"])
+    whole = {"w": ("s0", "s1", "s2", "s3"), "loss": ("s0", "s1", "s2")}
+    check(meeting.cohort, lanes, whole, site="s0", least=K, optional=["loss"])
+    with pytest.raises(RefusedError, match="cannot be"):
+        check(meeting.cohort, lanes, {**whole, "another": ("s0", "s1", "s2")}, site="s0", least=K, optional=["loss"])
+
+
+def test_where_more_sites_are_asked_for_than_unmask_fewer_are_refused():
+    """Four of five unmask; a federation that sums from five sites on gives nothing for four."""
+    meeting = Meeting([f"s{number}" for number in range(5)])
+    lanes, four = [Lane("w", meeting.cohort.sites, "U32", 4)], meeting.cohort.sites[:4]
+    protocol.check_survivors(meeting.cohort, lanes, {"w": four}, site="s0", least=4)
+    with pytest.raises(RefusedError, match="it takes 5 of"):
+        protocol.check_survivors(meeting.cohort, lanes, {"w": four}, site="s0", least=5)
+    assert protocol.count_revealed(lanes, {"w": four}, 5) == 0

@@ -1,14 +1,17 @@
 """What a site has masked is made once, and what it has promised it keeps, whatever goes down."""
 
 import json
+import threading
 
 import numpy as np
 import pytest
+from patience import PATIENCE_S
 
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol.document import TensorSpec, file_digest
 from nnunetv2.federated.protocol.secure_messages import MaskedUpdate
-from nnunetv2.federated.site.outbox import SPENT_FILE, Outbox
+from nnunetv2.federated.site.outbox import LOCK_FILE, SPENT_FILE, Outbox
+from nnunetv2.federated.site.private_files import locked
 
 KEY, CONTEXT = "runs/r/uploads/3", "c" * 64
 MESSAGE = MaskedUpdate(lanes={"w": "0" * 64})
@@ -102,3 +105,18 @@ def test_documents_of_rounds_that_went_on_are_deleted(tmp_path):
     outbox.drop_others(["runs/r/uploads/4"])
     assert outbox.held(KEY) is None
     outbox.held("runs/r/uploads/4").close()
+
+
+def test_a_line_that_another_process_is_writing_is_not_taken_for_a_torn_one(tmp_path):
+    Outbox(tmp_path).promise_survivors("runs/r/survivors/0", "d" * 64)
+    whole = (tmp_path / SPENT_FILE).read_text()
+    found: list[Outbox] = []
+    reader = threading.Thread(target=lambda: found.append(Outbox(tmp_path)), daemon=True)
+    with locked(tmp_path / LOCK_FILE):
+        (tmp_path / SPENT_FILE).write_text(whole + whole[:20])
+        reader.start()
+        reader.join(0.5)  # long enough to show a fault, and none is shown for lack of time
+        assert not found and (tmp_path / SPENT_FILE).read_text() == whole + whole[:20]
+        (tmp_path / SPENT_FILE).write_text(whole + whole)
+    reader.join(PATIENCE_S)
+    assert found and (tmp_path / SPENT_FILE).read_text() == whole + whole

@@ -110,6 +110,11 @@ class Run:
     """and the SHA-256 of the last aggregate."""
 
 
+def patience_for(num_rounds: int) -> float:
+    """Return how long a run of so many rounds may take, however busy the machine is."""
+    return PATIENCE_S * (1 + num_rounds / 10)
+
+
 def run_undisturbed(folder: Path, num_rounds: int, shapes=SHAPES, kind: str = "clear") -> Run:
     with served(folder, settings_of(kind, num_rounds)) as federation:
         clients = [federation.client(site) for site in SITES]
@@ -119,7 +124,8 @@ def run_undisturbed(folder: Path, num_rounds: int, shapes=SHAPES, kind: str = "c
                     c, n, num_rounds=num_rounds, shapes=shapes, file=f
                 )
                 for number, client in enumerate(clients)
-            )
+            ),
+            timeout_s=patience_for(num_rounds),
         )
         for client in clients:
             client.close()
@@ -443,7 +449,7 @@ def test_sites_that_are_killed_come_back(nursery, tmp_path, kind):
 
     pids = {site: start(site) for site in SITES}
     kills, rng = Counter(), random.Random(10)
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + patience_for(num_rounds)
     while not all(path.exists() for path in digests.values()):
         assert time.monotonic() < deadline, (tmp_path / "A.log").read_text()[-1000:]
         alive = [site for site in SITES if kills[site] < KILLS_PER_SITE and not digests[site].exists()]

@@ -204,7 +204,7 @@ def test_a_crash_while_a_contribution_is_taken_over(folder, monkeypatch, place):
     with Store(folder) as store:
         coordinator = Coordinator(store)
         if place == "before the file":
-            monkeypatch.setattr(store_module, "flush", crash)
+            monkeypatch.setattr(store_module, "flush_to_disk", crash)
         elif place == "after the file":
             monkeypatch.setattr(store._database, "transaction", crash)
         else:

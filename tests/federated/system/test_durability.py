@@ -172,8 +172,8 @@ def test_a_document_is_synced_and_named_before_its_row_is(tmp_path, monkeypatch)
     order = []
     with Store(tmp_path / "federation") as store:
         create_federation(store, make_settings(), now=1.0)
-        flush, transaction = store_module.flush, store._database.transaction
-        monkeypatch.setattr(store_module, "flush", lambda path: (order.append(path.name), flush(path)))
+        flush, transaction = store_module.flush_to_disk, store._database.transaction
+        monkeypatch.setattr(store_module, "flush_to_disk", lambda path: (order.append(path.name), flush(path)))
         monkeypatch.setattr(store._database, "transaction", lambda: (order.append("row"), transaction())[1])
         for site in "AB":
             incoming = store.folder / "incoming" / f"upload-{site}"

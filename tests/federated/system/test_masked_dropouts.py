@@ -9,8 +9,10 @@ import pytest
 from fake_federation import RUN, in_threads, make_client, make_weights, served, wait_until
 from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, masked_site
 
+from nnunetv2.federated.coordinator import aggregation_worker
 from nnunetv2.federated.coordinator.storage.backup import backup, restore
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.privacy.secure_aggregation import protocol
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.keys import RoundKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.site.credential import load_credential
@@ -130,6 +132,34 @@ def test_neither_proceeding_nor_leaving_gets_below_what_unmasks(five):
     assert not federation.state.registry.is_closed(UploadKey(RUN, 0))
 
 
+def test_proceeding_does_not_get_below_k_where_that_is_more_than_unmask(tmp_path):
+    with served(tmp_path / "federation", masked_settings(FIVE, k=5, validate_every=0)) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
+        start = all_join(sites)
+        for site in sites[:4]:
+            site.upload(0, start)
+        with pytest.raises(RefusedError, match="at least 5"):
+            act(federation, "proceed")
+        assert not federation.state.registry.is_closed(UploadKey(RUN, 0))
+
+
+def test_masks_that_do_not_cancel_out_give_no_average(tmp_path):
+    """As where two sites were told other settings: sites alone know, so the coordinator sees it by the sum."""
+    settings = masked_settings(THREE, validate_every=0)
+    with served(tmp_path / "federation", settings) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)]
+        sites[2].participant.settings = settings.model_copy(update={"num_iterations_per_epoch": 1})
+        start = all_join(sites)
+        outcomes = in_threads(*(lambda site=site: site.round(0, start) for site in sites))
+        assert all(isinstance(one, RefusedError) and "do not cancel out" in str(one) for one in outcomes), outcomes
+        assert not federation.state.registry.is_closed(RoundKey(RUN, 0))
+        assert federation.state.store.load_rounds(RUN) == []
+        act(federation, "abandon")
+        again = [masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)]
+        _, aggregate = all_exchange(again, 1, all_join(again))
+        assert sorted(aggregate.contributors) == list(THREE)
+
+
 def test_a_tensor_of_two_sites_stays_local_and_one_whose_sites_drop_out_keeps_its_values(tmp_path):
     shapes = {"encoder.weight": (40, 30), "head.weight": (2, 4)}
     of_three = {**shapes, "decoder.weight": (5, 5)}
@@ -219,6 +249,20 @@ def test_a_site_whose_outbox_is_lost_sits_the_round_out(five):
     assert aggregate.next_round.cohort == FIVE
 
 
+def test_what_was_masked_for_a_round_that_went_on_without_its_site_does_not_stay_on_its_disk(five):
+    federation, sites = five
+    start = all_join(sites)
+    sites[4].upload(0, start)
+    weights, _ = all_exchange(sites[:4], 0, start)
+    again = masked_site(federation, "E", seed=4)
+    again.join()
+    (outbox,) = federation.state.store.folder.glob("credential.E.json.secure/*/runs/*/outbox")
+    assert [path.name for path in outbox.iterdir()] == [f"runs~{RUN}~uploads~0.safetensors"]
+    again.upload(1, weights)
+    all_exchange([*sites[:4], again], 1, weights)
+    assert not list(outbox.iterdir())
+
+
 class Silent:
     """A transport that loses every contribution before it leaves."""
 
@@ -263,6 +307,30 @@ def test_half_precision_comes_as_close_to_the_mean_as_its_steps_allow(tmp_path):
             assert {spec.dtype for spec in document.specs.values()} == {"F32"}
         assert weights["encoder.weight"].dtype == np.float16
         assert make_weights(0)["encoder.weight"].dtype == np.float32
+
+
+def test_what_rounding_took_from_a_sum_that_stays_sealed_is_still_due(tmp_path):
+    shapes, of_three = {"encoder.weight": (20, 30)}, {"encoder.weight": (20, 30), "decoder.weight": (5, 5)}
+    settings = masked_settings(FIVE, validate_every=0, precision="float16", **QUORUM)
+    with served(tmp_path / "federation", settings) as federation:
+        sites = [
+            masked_site(federation, name, seed=seed, shapes=of_three if seed < 3 else shapes, num_cases=10 + seed)
+            for seed, name in enumerate(FIVE)
+        ]
+        in_threads(*(site.join for site in sites))
+        starts = [dict(site.position.weights) for site in sites]
+        results = in_threads(
+            *(lambda s=site, w=start: s.round(0, w) for site, start in zip(sites, starts, strict=True))
+        )
+        codec = sites[0].participant._masked._codec
+        due = {name: rest.copy() for name, rest in codec._rests.items()}
+        assert due.keys() == of_three.keys() and all(rest.any() for rest in due.values())
+        sites[2].participant.report_failure(1, "OutOfMemoryError")
+        others = [0, 1, 3, 4]
+        in_threads(*(lambda n=number: sites[n].round(1, results[n][0]) for number in others))
+        assert any("sums stay sealed" in line for line in federation.lines)
+        np.testing.assert_array_equal(codec._rests["decoder.weight"], due["decoder.weight"])
+        assert not np.array_equal(codec._rests["encoder.weight"], due["encoder.weight"])
 
 
 # ------------------------------------------------------------------------------------------------------------- backups
@@ -346,3 +414,45 @@ def test_a_survivor_that_asks_when_the_round_is_over_gets_the_average(five):
 def any_masked_file(federation):
     folder = federation.state.store.folder / "gatherings" / "runs" / RUN / "uploads" / "0"
     return [path for path in folder.glob("*.safetensors") if not path.name.startswith("result")]
+
+
+# --------------------------------------------------------------------------------------------------------- false shares
+def test_a_site_that_answers_with_false_shares_is_named_and_the_round_goes_on(tmp_path, monkeypatch):
+    reveal = protocol.reveal_shares
+
+    def revealing(cohort, site, *arguments, **options):
+        return reveal(cohort, site, *arguments, **options) ^ np.uint8(site == "B")
+
+    monkeypatch.setattr(protocol, "reveal_shares", revealing)
+    monkeypatch.setattr(aggregation_worker, "RETRY_CLOSING_S", 0.1)
+    with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0)) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
+        start = all_join(sites)
+        weights, aggregate = all_exchange(sites, 0, start)
+        assert sorted(aggregate.contributors) == list(FIVE)  # the weights of B are good
+        assert_close(weights, mean_of(sites, start, 0))
+        wait_until(lambda: any("the shares of site B are false" in line for line in federation.lines))
+
+
+def test_a_site_that_deals_false_shares_is_named_and_its_round_can_be_abandoned(tmp_path, monkeypatch):
+    share = protocol.share_keys
+
+    def sharing(cohort, site, *arguments):
+        shared = share(cohort, site, *arguments)
+        return replace(shared, commitments=shared.commitments ^ np.uint8(site == "B"))
+
+    monkeypatch.setattr(aggregation_worker, "RETRY_CLOSING_S", 0.1)
+    with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0)) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
+        start = all_join(sites)
+        with monkeypatch.context() as false:
+            false.setattr(protocol, "share_keys", sharing)
+            outcomes = in_threads(*(lambda site=site: site.round(0, start) for site in sites))
+        assert {one.code for one in outcomes} == {"shares_do_not_fit"}, outcomes
+        assert "do not rebuild the seeds of B:" in str(outcomes[0])
+        act(federation, "abandon")
+        again = [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
+        start = all_join(again)
+        weights, aggregate = all_exchange(again, 1, start)
+        assert sorted(aggregate.contributors) == list(FIVE)
+        assert_close(weights, mean_of(again, start, 1))

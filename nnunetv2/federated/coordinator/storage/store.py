@@ -32,6 +32,7 @@ from nnunetv2.federated.exchanges.registry import RunControl
 from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.keys import Key, NumberedKey
+from nnunetv2.utilities.atomic_write import flush_to_disk
 from nnunetv2.utilities.file_lock import lock_file
 from nnunetv2.utilities.plain_text import excerpt
 
@@ -276,7 +277,7 @@ class Store:
         contribution = exchange.contributions[site]
         path = self.contribution_path(exchange.key, site, contribution.digest)
         path.parent.mkdir(parents=True, exist_ok=True)
-        flush(incoming)
+        flush_to_disk(incoming)
         incoming.replace(path)
         self._flush_folders(path.parent)
         with self._database.transaction() as connection:
@@ -458,9 +459,9 @@ class Store:
 
     def _flush_folders(self, folder: Path) -> None:
         """Sync a folder, and the first time also those above it."""
-        flush(folder)
+        flush_to_disk(folder)
         while folder != self.folder and folder not in self._durable_folders:
-            flush(folder.parent)
+            flush_to_disk(folder.parent)
             self._durable_folders.add(folder)
             folder = folder.parent
 
@@ -605,17 +606,6 @@ def _decode_outcome(text: str | None) -> Closed | Refused | None:
         names = ("contributors", "missing", "cohort")
         return Closed(content["time"], *(tuple(map(intern, content.get(name, ()))) for name in names))
     return Refused(**content)
-
-
-def flush(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, durable."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows keeps folders durable on its own, and does not open them
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _check_folder(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2.federated.aggregation.weighted_mean import write_computed
-from nnunetv2.federated.errors import AggregationError, RefusedError
+from nnunetv2.federated.errors import AggregationError
 from nnunetv2.federated.exchanges.declared_privacy import Declared, entry_of_site
 from nnunetv2.federated.exchanges.documents import DocumentReader, start_of
 from nnunetv2.federated.exchanges.exchange import Contribution, Exchange, Policy
@@ -29,6 +29,7 @@ from nnunetv2.federated.exchanges.secure_sums import (
 )
 from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
 from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, Opened, UploadStep
+from nnunetv2.federated.exchanges.steps.weights import check_number
 from nnunetv2.federated.privacy.secure_aggregation.fixed_point import CHANGE_BITS, decode_figure
 from nnunetv2.federated.privacy.secure_aggregation.protocol import CHECK_WORDS
 from nnunetv2.federated.protocol.api import FederationSettings
@@ -61,10 +62,7 @@ class RoundUploadStep(UploadStep[UploadKey]):
     def check_may_begin(self, key: UploadKey, settings: FederationSettings) -> None:
         """Raise RefusedError if this federation does not mask, or runs have fewer rounds."""
         super().check_may_begin(key, settings)
-        if settings.num_rounds is not None and key.number >= settings.num_rounds:
-            raise RefusedError(
-                f"{key}: the run has {settings.num_rounds} rounds, counted from 0", code="unknown_gathering"
-            )
+        check_number(key, settings)
 
     def sum_of(self, key: UploadKey, reader: DocumentReader) -> SecureSum:
         """Return what is added up."""

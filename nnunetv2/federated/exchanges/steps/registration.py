@@ -43,6 +43,21 @@ class MembershipStep(Step[K, Registration, Match]):
         if not reader.has_contributed(key, site):  # what is registered once more is compared
             check_run_key(key, site, document.message, settings)
 
+    def check_unchanged(self, key: K, site: str, message: Registration, reader: DocumentReader) -> None:
+        """Raise RefusedError, naming the difference, unless a site registers what it has registered."""
+        with reader.contribution(key, site) as held:
+            before, now = held.message.keys, message.keys
+        if before is not None and now is not None and before != now:
+            what = "identity" if before.identity != now.identity else "run key"
+            raise RefusedError(
+                f"site {site} comes to {key.run} with another {what} than it has registered with, and the others mask "
+                "for that one",
+                "Bring back what lay beside its credential (.identity.pem, .secure). Else this run goes on without the "
+                "site; it can take part in others.",
+                code="already_closed",
+            )
+        super().check_unchanged(key, site, message, reader)
+
     def compared(
         self, key: K, before: Registration, now: Registration, reader: DocumentReader
     ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunetv2.federated.aggregation import weighted_mean
 from nnunetv2.federated.aggregation.codecs import int8
-from nnunetv2.federated.errors import RefusedError, WireError
+from nnunetv2.federated.errors import WireError
 from nnunetv2.federated.exchanges.declared_privacy import entry_of_site
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy
@@ -17,7 +17,7 @@ from nnunetv2.federated.exchanges.secure_sums import SecureSum
 from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
 from nnunetv2.federated.exchanges.steps.masked_round import abandon_round, combine_round
 from nnunetv2.federated.exchanges.steps.secure_sum import Opened, UnmaskingStep, is_masked
-from nnunetv2.federated.exchanges.steps.weights import WeightStep
+from nnunetv2.federated.exchanges.steps.weights import WeightStep, check_number
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
 from nnunetv2.federated.protocol.keys import ExchangeKey, InitialKey, RoundKey, SurvivorsKey, UploadKey
@@ -51,10 +51,7 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
 
     def check_may_begin(self, key: RoundKey, settings: FederationSettings) -> None:
         """Raise RefusedError if runs have fewer rounds."""
-        if settings.num_rounds is not None and key.number >= settings.num_rounds:
-            raise RefusedError(
-                f"{key}: the run has {settings.num_rounds} rounds, counted from 0", code="unknown_gathering"
-            )
+        check_number(key, settings)
 
     def expected(self, key: RoundKey, state: State) -> frozenset[str]:
         """Return the members of the run; those whose masked updates are there, if known."""

@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nnunetv2.federated.errors import WireError
+from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.steps.base import MESSAGE_ALLOWANCE, Step
+from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Limits, TensorSpec
-from nnunetv2.federated.protocol.keys import RunKey
+from nnunetv2.federated.protocol.keys import NumberedKey, RunKey
 from nnunetv2.federated.protocol.messages import Aggregate, Message, Update
 
 K = TypeVar("K", bound=RunKey[Any, Aggregate])
@@ -76,6 +77,12 @@ class WeightStep(Step[K, Update, Aggregate]):
                 f"{'no round' if message.round is None else f'round {message.round}'}"
             )
         check_round(message.round or 0)
+
+
+def check_number(key: NumberedKey[Any, Any], settings: FederationSettings) -> None:
+    """Raise RefusedError if runs have fewer rounds."""
+    if settings.num_rounds is not None and key.number >= settings.num_rounds:
+        raise RefusedError(f"{key}: the run has {settings.num_rounds} rounds, counted from 0", code="unknown_gathering")
 
 
 def check_round(number: int) -> None:

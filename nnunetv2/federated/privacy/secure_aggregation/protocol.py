@@ -123,6 +123,11 @@ def check_size(num_sites: int) -> None:
             "Wait for the others, or invite further sites.",
             code="cohort_too_small",
         )
+    check_most(num_sites)
+
+
+def check_most(num_sites: int) -> None:
+    """Raise RefusedError if so many sites are too many to mask with each other."""
     if num_sites > MAX_SITES:
         raise RefusedError(
             f"secure aggregation is for {MAX_SITES} sites at most, not for {num_sites}",
