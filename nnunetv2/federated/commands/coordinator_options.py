@@ -9,7 +9,7 @@ from nnunetv2.federated.coordinator.http.listen_address import DEFAULT_HOST, DEF
 
 DEFAULT_EPOCHS = 1000
 
-METHODS = ("proximal", "keep_local", "finetune_epochs", "initial_weights")
+METHODS = ("labels", "proximal", "keep_local", "finetune_epochs", "initial_weights")
 """Options that say how sites train that differ; the settings have the same names."""
 
 
@@ -172,6 +172,12 @@ def add_protection_options(group: argparse._ArgumentGroup) -> None:
 def add_method_options(parser: argparse.ArgumentParser) -> None:
     """Add what sites may do beside plain averaging."""
     how = parser.add_argument_group("how sites train that differ", "Fixed by the first start.")
+    how.add_argument(
+        "--labels",
+        choices=("equal", "union"),
+        help="all sites annotate the same classes, or each some of those that all have together; classes are the same "
+        "if their names in dataset.json are (default: equal)",
+    )
     how.add_argument(
         "--proximal",
         type=float,

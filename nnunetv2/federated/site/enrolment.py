@@ -90,6 +90,8 @@ def join(
         raise
     if answer.settings.precision != "float32":
         credential = dataclasses.replace(credential, precision=answer.settings.precision)
+    if answer.settings.labels == "union":
+        credential = dataclasses.replace(credential, labels="union")
     if answer.role == "site":  # others only look on
         _check_protection(invitation, answer.settings)
     if answer.settings.secure is not None:

@@ -20,7 +20,6 @@ from nnunetv2.federated.errors import FederationError, RefusedError, WireError
 from nnunetv2.federated.exchanges.masked_codecs import MaskedCodec, masked_codec_of
 from nnunetv2.federated.exchanges.secure_sums import (
     CHANGES,
-    COUNTS,
     EARLIER,
     FIGURES,
     LOSS,
@@ -28,6 +27,7 @@ from nnunetv2.federated.exchanges.secure_sums import (
     VALIDATED,
     RoundPlan,
     SecureSum,
+    count_groups,
     num_classes_of,
     plan_round,
     plan_validation,
@@ -157,9 +157,8 @@ class MaskedRun:
         self._weight = registration.num_training_cases if self._weighting == "cases" else 1
         entries = {entry.name: entry for entry in registration.tensors}
         self._specs = {
-            name: TensorSpec(entries[sites[self.site]].dtype, entries[sites[self.site]].shape)
-            for name, sites in match.shared.items()
-            if self.site in sites
+            name: TensorSpec(entries[local].dtype, entries[local].shape)
+            for name, local in match.names_at(self.site).items()
         }
         private, _ = run_key(self._credential.federation, self._gathering, self._credential_file)
         secrets = SiteKeys(load_identity(self._credential_file), private.private_bytes_raw())
@@ -342,6 +341,7 @@ class MaskedRun:
         number = aggregate.round
         assert number is not None
         key = keys.ValidationKey(self.run, number)
+        num_classes = num_classes_of(self._registration.dataset_json.labels)
         validated = next((values for message, values in self._aggregates if message.round == number), None)
         if validated is None:
             return f"the aggregate of round {number} is not the last one that this site has downloaded"
@@ -352,15 +352,20 @@ class MaskedRun:
                 federation=self._credential.federation,
                 match=self.match,
                 sites=aggregate.contributors,
-                num_classes=num_classes_of(self._registration.dataset_json.labels),
+                num_classes=num_classes,
                 least=self._least,
                 weights={self.site: self._weight},
                 validated=validated,
             )
-            counts = [round(voxels) for voxels in (*found.tp, *found.fp, *found.fn)]
-            if len(counts) != plan.lane(COUNTS).size:
-                return f"{len(found.tp)} classes were counted, and the dataset has {plan.lane(COUNTS).size // 3}"
-            numbers: dict[str, Fill] = {COUNTS: _fill_with(counts)}
+            if len(found.tp) != num_classes:
+                return f"{len(found.tp)} classes were counted, and the dataset has {num_classes}"
+            numbers: dict[str, Fill] = {
+                group.name: _fill_with(
+                    [round(one[place]) for one in (found.tp, found.fp, found.fn) for place in group.classes]
+                )
+                for group in count_groups(self.match, aggregate.contributors, num_classes, least=self._least)
+                if self.site in group.holders
+            }
             loss = self._figures([found.loss])
             if loss is not None:
                 numbers[LOSS] = _fill_with(loss)

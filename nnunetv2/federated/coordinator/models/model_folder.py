@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.federated.aggregation.head_rows import join_names
 from nnunetv2.federated.coordinator.models.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.consistency import PLANS_OF_A_SITE, comparable_plans
@@ -50,9 +51,11 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
             f"no model folder is written, the last aggregate is {archive.result_path(RoundKey(run, final))}: "
             f"{outlook.obstacle}"
         )
-    canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
-    names = parameter_names(
-        [entry.name for entry in registration.tensors if entry.name in canonical], registration.aliases, canonical
+    canonical = {local: name for name, local in match.received_by(site).items()}
+    names = join_names(
+        parameter_names(
+            [entry.name for entry in registration.tensors if entry.name in canonical], registration.aliases, canonical
+        )
     )
     registration = registration.model_copy(update={"plans": plans_of_sites(registrations, archive)})
     registrations[site] = registration
@@ -109,7 +112,7 @@ def _write_checkpoint(
     run: str,
     number: int,
     registrations: Mapping[str, Registration],
-    names: Mapping[str, str],
+    names: Mapping[str, str | tuple[str, ...]],
     archive: DocumentReader,
     *,
     trainer: str,
@@ -153,7 +156,9 @@ def _write_zip(model: Path, registration: Registration) -> Path:
 
 def describe_dataset(registrations: Mapping[str, Registration]) -> dict[str, Any]:
     """Return the dataset.json with which nnU-Net uses the model."""
-    described = next(iter(registrations.values())).dataset_json.model_dump(mode="json", exclude_none=True)
+    described = next(iter(registrations.values())).dataset_json.model_dump(
+        mode="json", exclude_none=True, exclude={"annotated_labels"}
+    )
     file_ending = of_most_sites(message.dataset_json.file_ending for message in registrations.values())
     return {
         **described,
