@@ -28,7 +28,9 @@ class Sites:
     def __init__(self, federation, folder: Path, monkeypatch) -> None:
         self.federation, self.folder, self.monkeypatch = federation, folder, monkeypatch
 
-    def trainer(self, site: str, trainer_class=nnUNetTrainerAsymFedAvg, *, go_on=False, **client_options):
+    def trainer(
+        self, site: str, trainer_class=nnUNetTrainerAsymFedAvg, *, go_on=False, dataset_json=None, **client_options
+    ):
         """Construct the trainer of a site, with folders of its own."""
         for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             self.monkeypatch.setenv(root, str(self.folder / site / root))
@@ -38,7 +40,11 @@ class Sites:
             splits = [{"train": ["case_00", "case_01"], "val": ["case_02"]}]
             (preprocessed / NAME / "splits_final.json").write_text(json.dumps(splits))
         trainer = trainer_class(
-            {**make_plans(), "continue_training": go_on}, "3d_fullres", 0, make_dataset_json(), torch.device("cpu")
+            {**make_plans(), "continue_training": go_on},
+            "3d_fullres",
+            0,
+            dataset_json or make_dataset_json(),
+            torch.device("cpu"),
         )
         trainer.credential = self.federation.credential(site)
         trainer.lines = []
