@@ -56,6 +56,11 @@ class Seeded(nnUNetTrainerAsymFedAvg):
     """A trainer whose batches do not depend on other threads; it dies in the middle of an epoch."""
 
     dies_in_epoch = None
+    credential_file = None
+
+    def _register(self):
+        self.participant._credential_file = self.credential_file  # sites are threads of one process
+        return super()._register()
 
     def get_dataloaders(self):
         return (Batches(self, 0, self.num_iterations_per_epoch), Batches(self, 1, self.num_val_iterations_per_epoch))
@@ -85,6 +90,7 @@ def train(make_sites, folder: str, annotated, *, trainer_class=Seeded, dies_in_e
         torch.manual_seed(number)
         described = dataset_of(classes) if settings["labels"] == "union" else make_dataset_json()
         trainers[site] = sites.trainer(site, trainer_class, dataset_json=described)
+        trainers[site].credential_file = sites.federation.credential_file(site)
     trainers["B"].dies_in_epoch = dies_in_epoch
 
     def train_b():
