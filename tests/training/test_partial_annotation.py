@@ -244,9 +244,7 @@ def test_masked_sums_are_those_of_the_annotators(make_sites):
     assert_one_model(masked, five)
     for tensor, values in weights_of(clear["A"]).items():
         np.testing.assert_allclose(weights_of(masked["A"])[tensor], values, atol=2e-5, err_msg=tensor)
-    pooled = [
-        one["federation"].state.store.load_validations(run_of(one["A"]))[-1]["dice"] for one in (clear, masked)
-    ]
+    pooled = [one["federation"].state.store.load_validations(run_of(one["A"]))[-1]["dice"] for one in (clear, masked)]
     np.testing.assert_allclose(*pooled, atol=0.02)
     assert None not in pooled[1]
 
