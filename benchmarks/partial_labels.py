@@ -112,7 +112,7 @@ class Arm:
         return "nnUNetTrainer" if self.options is None else "nnUNetTrainerAsymFedAvg"
 
     def run(self) -> None:
-        """Plan, preprocess and train at all sites, unless that is done."""
+        """Plan, preprocess and train at all sites, unless that is done; go on with what was interrupted."""
         done = self.folder / "done"
         if done.exists():
             return
@@ -142,7 +142,7 @@ class Arm:
             "train",
             lambda site: [
                 *("nnUNetv2_train", site.dataset, TASK.configuration, "0", "-tr", self.trainer, "-device", "cpu"),
-                *options,
+                *("--c", *options),
             ],
         )
 
