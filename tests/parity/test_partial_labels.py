@@ -37,7 +37,7 @@ checkpoint = torch.load(site / "fold_0" / "checkpoint_final.pth", map_location="
 network.load_state_dict(checkpoint["network_weights"])
 with torch.no_grad():
     outputs["site"] = network.eval()(image).numpy()
-answer = [labels.foreground_labels, checkpoint["init_args"]["dataset_json"]["labels"]]
+answer = [[int(label) for label in labels.foreground_labels], checkpoint["init_args"]["dataset_json"]["labels"]]
 """
 
 

@@ -224,6 +224,33 @@ def test_the_floor_holds_for_a_class(make_sites):
     assert pooled["dice"][1] is None  # that would be the score of one site
 
 
+def test_a_site_that_joins_a_run_trains_what_it_annotates_and_gets_the_rest(make_sites):
+    sites = make_sites(num_epochs=10, sites=("A", "B"), labels="union", validate_every=0)
+    first, second = (sites.trainer(site, Seeded, dataset_json=dataset_of(BOTH)) for site in "AB")
+    coordinator, run = sites.federation.coordinator, run_of(first)
+
+    def join_late():
+        wait_until(lambda: coordinator.state.registry.run_state(run).rounds_closed >= 1)
+        sites.act("pause", run)
+        coordinator.invite("C", "site", by="boss")
+        newcomer = sites.trainer("C", Seeded, dataset_json=dataset_of(CORE))
+
+        def resume():
+            wait_until(lambda: any("operator has paused" in line for line in newcomer.lines))
+            sites.act("resume", run)
+
+        assert in_threads(newcomer.run_training, resume) == [None, None]
+        return newcomer
+
+    *others, third = in_threads(first.run_training, second.run_training, join_late)
+    assert others == [None, None] and not isinstance(third, BaseException), third
+    assert_one_model({"A": first, "B": second, "C": third}, "ABC")
+    match = third.participant.match
+    assert "C" in match.shared["decoder.seg_layers.0.row2.bias"]
+    assert [*match.received["decoder.seg_layers.0.row1.bias"]] == ["C"]
+    assert match.annotated["C"] == (2,)
+
+
 def test_the_common_model_has_all_classes(make_sites):
     trainers = train(make_sites, "", FOUR)
     folder = trainers["federation"].state.store.folder

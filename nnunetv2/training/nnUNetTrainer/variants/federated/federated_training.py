@@ -149,6 +149,9 @@ class FederatedTraining(RenamedHooks):
 
     leaves_checkpoint_files_alone = True
 
+    trains_partial_labels = True
+    """Whether classes that are not annotated here are not taken for background."""
+
     training_options = TrainingOptions()
 
     refused_options: Mapping[str, str] = {
