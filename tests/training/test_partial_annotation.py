@@ -217,7 +217,7 @@ def test_the_floor_holds_for_a_class(make_sites):
     assert heads["A"][2] == heads["C"][2] == pytest.approx(-1e4, rel=1e-3)  # never predicted there
     assert abs(heads["B"][2]) < 10
     assert not np.any(weights_of(trainers["A"])[HEAD_WEIGHT][2])
-    assert any("Too few sites annotate the classes [2]" in line for line in trainers["A"].lines)
+    assert any("The classes [2] are not annotated here" in line for line in trainers["A"].lines)
     assert any("'core'" in line and "no common model" in line for line in trainers["B"].lines)
     pooled = trainers["federation"].state.store.load_validations(run_of(trainers["A"]))[-1]
     assert pooled["dice"][0] is not None

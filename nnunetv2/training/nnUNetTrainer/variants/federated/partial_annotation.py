@@ -2,7 +2,8 @@
 
 The rows of the segmentation heads are tensors of their own for the federation (`aggregation/head_rows.py`). A site
 sends those of background and of the classes that it annotates, and receives all that are averaged. Rows that nobody
-gives it, since too few sites annotate the class, are silenced: its model never predicts the class.
+gives it, since sites that annotate the class are too few or have other layers, are silenced: its model does not predict
+the class.
 """
 
 from __future__ import annotations
