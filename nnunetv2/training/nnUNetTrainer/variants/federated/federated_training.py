@@ -281,8 +281,8 @@ class FederatedTraining(RenamedHooks):
             silent = self.annotation.silence_(self.network, match.received_by(self.participant.site).values())
             if silent:
                 self.log_line(
-                    f"The classes {silent} are not annotated here, and no outputs come of sites that annotate them, which "
-                    "are too few or have other layers: the model of this site does not predict them"
+                    f"The classes {silent} are not annotated here, and no outputs come of sites that annotate them, "
+                    "which are too few or have other layers: the model of this site does not predict them"
                 )
         own, goes_on = self.local_weights(), self.current_epoch > 0
         # Who begins, or comes without a checkpoint, has nothing of its own to keep yet.
