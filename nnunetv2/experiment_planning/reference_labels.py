@@ -64,7 +64,7 @@ def copy_references(labels: dict[str, str], target: Path, file_ending: str, read
 def write_renumbered_references(
     labels: Mapping[str, str], target: Path, file_ending: str, reader: BaseReaderWriter, numbers: Mapping[int, int]
 ) -> None:
-    """Write labels with other values than in their files, where they are missing or have changed.
+    """Write labels with other values than in their files, where missing or changed.
 
     Copies that were edited later than their original was changed stay.
 

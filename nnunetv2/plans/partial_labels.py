@@ -1,4 +1,6 @@
-"""Read from dataset.json which classes a site annotates, where the sites of a federation annotate different ones.
+"""Read from dataset.json the classes that a site of a federation annotates.
+
+Sites may annotate different ones.
 
 The dataset.json in nnUNet_preprocessed has the labels of all sites then, and two keys more:
 
@@ -55,7 +57,7 @@ def unannotated_labels(dataset_json: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def scored_classes(label_manager: LabelManager, dataset_json: Mapping[str, Any]) -> list[Any]:
-    """Return the classes or regions on which predictions can be scored: all that are annotated here."""
+    """Return the classes or regions on which predictions are scored: the annotated ones."""
     if label_manager.has_regions:
         return label_manager.foreground_regions
     hidden = unannotated_labels(dataset_json)

@@ -1,4 +1,4 @@
-"""Treat each output of a network's segmentation heads as a tensor of its own: the rows of their weights and biases.
+"""Split the segmentation heads of a network into rows, a tensor for each output.
 
     decoder.seg_layers.0.weight (3, 32, 1, 1, 1)  ->  decoder.seg_layers.0.row0.weight (1, 32, 1, 1, 1), ... row2
     decoder.seg_layers.0.bias (3,)                ->  decoder.seg_layers.0.row0.bias (1,), ... row2
@@ -28,7 +28,7 @@ def row_name(tensor: str, row: int) -> str:
 
 
 def row_of(name: str) -> tuple[str, int] | None:
-    """Return the tensor that a row is part of, and which row it is; None for whole tensors."""
+    """Return the tensor and the number of a row; None for whole tensors."""
     found = _ROW.fullmatch(name) if SEGMENTATION_LAYERS in f".{name}" else None
     return None if found is None else (f"{found[1]}{found[3]}", int(found[2]))
 
@@ -120,7 +120,7 @@ def join_weights(weights: Mapping[str, np.ndarray], present: Mapping[str, np.nda
 
 
 def join_names(names: Mapping[str, str]) -> dict[str, str | tuple[str, ...]]:
-    """Return for each parameter of a network the tensor that holds it, or its rows in their order.
+    """Return the tensor of each parameter of a network, or its rows in order.
 
     Args:
         names: Parameter or row -> tensor.

@@ -312,7 +312,7 @@ class DocumentReader:
         return secure.k
 
     def num_classes(self, run: str) -> int:
-        """Return how many classes or regions the validations of a run count, the same at all sites."""
+        """Return the number of classes or regions that validations of a run count."""
         _, registration = next(self.each_registration(run))
         return num_classes_of(registration.dataset_json.labels)
 

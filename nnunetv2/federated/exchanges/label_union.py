@@ -53,7 +53,7 @@ def unite_labels(labels_of: Mapping[str, LabelsOfSite]) -> LabelUnion:
 
 
 def check_within(union: LabelUnion, site: str, labels: LabelsOfSite) -> None:
-    """Raise RefusedError unless a site that comes late has no class that the others have not numbered."""
+    """Raise RefusedError if a late site has a class that the others have not numbered."""
     own = _plain_labels(site, labels)
     _check_spellings({"the others": union.labels, site: own})
     unknown = sorted(own.keys() - union.labels.keys())

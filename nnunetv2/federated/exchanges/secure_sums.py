@@ -324,7 +324,7 @@ def count_groups(match: Match, cohort: Iterable[str], num_classes: int, *, least
 
 
 def check_count_groups(annotated: Mapping[str, Iterable[int]]) -> None:
-    """Raise RefusedError if more sets of sites annotate the same classes than can be counted apart."""
+    """Raise RefusedError if more sets of sites annotate classes than can be counted apart."""
     everything = {label for labels in annotated.values() for label in labels}
     found = len({frozenset(site for site, labels in annotated.items() if label in labels) for label in everything})
     if found > MAX_GROUPS:

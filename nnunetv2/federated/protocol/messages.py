@@ -495,7 +495,7 @@ class Match(WithPrecision, Message):
         return {name: sites[site] for name, sites in self.shared.items() if site in sites}
 
     def received_by(self, site: str) -> dict[str, str]:
-        """Return the same of all that it gets: what it sends, and what it receives only."""
+        """Return the same of all tensors that it gets, those that it sends included."""
         return self.names_at(site) | {name: sites[site] for name, sites in self.received.items() if site in sites}
 
 

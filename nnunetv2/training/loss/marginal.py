@@ -50,7 +50,10 @@ class MarginalLoss(nn.Module):
             self.register_buffer(name, torch.tensor(values, dtype=torch.long), persistent=False)
 
     def forward(self, output: Any, target: Any, *further: Any) -> Tensor:
-        """Return the loss of logits `(b, c, *spatial)` against label maps `(b, 1, *spatial)`, or of lists of both."""
+        """Return the loss of logits `(b, c, *spatial)` against label maps `(b, 1, *spatial)`.
+
+        With deep supervision, both are lists.
+        """
         return self.loss(_each(self.merge_logits, output), _each(self.renumber, target), *further)
 
     def merge_logits(self, logits: Tensor) -> Tensor:
@@ -61,7 +64,10 @@ class MarginalLoss(nn.Module):
         return torch.cat([background, logits.index_select(1, self.kept)], 1)
 
     def renumber(self, target: Tensor) -> Tensor:
-        """Return a label map with the numbers that the loss knows; labels behind all classes, to be ignored, stay."""
+        """Return a label map with the numbers that the loss knows.
+
+        The ignore label, behind all classes, stays.
+        """
         last = len(self.number_of) - 1
         numbers = self.number_of[target.clamp(0, last).long()].to(target.dtype)
         return torch.where(target > last, target, numbers)
@@ -70,7 +76,9 @@ class MarginalLoss(nn.Module):
 def over_annotated_classes(
     loss: nn.Module, *, annotated: Sequence[int], num_outputs: int, device: torch.device
 ) -> nn.Module:
-    """Return a loss that does without the labels of classes that are not annotated; the loss itself, if all are.
+    """Return a loss that does without the labels of some classes.
+
+    It is the loss itself, if all are annotated.
 
     Args:
         loss: Weights of classes in its cross entropies are changed in place to those of the annotated ones.

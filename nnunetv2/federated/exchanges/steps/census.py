@@ -68,7 +68,7 @@ class CensusStep(Step[CensusKey, Census, PooledCensus]):
 
 
 def pool_census(contributed: Mapping[str, Census], settings: FederationSettings) -> PooledCensus:
-    """Add up the cases, if channels agree, and labels too or the classes of all can be told apart."""
+    """Add up the cases, if channels and labels agree; number classes where these may differ."""
     num_cases = sum(census.num_cases for census in contributed.values())
     if settings.labels == "equal":
         check_same_dataset(contributed)
@@ -122,7 +122,7 @@ def check_same_dataset(
 
 
 def settled_labels(site: str, reader: DocumentReader) -> Mapping[str, Any] | None:
-    """Return the common numbers of the classes that a site has planned with; None if it has not."""
+    """Return the common numbers of classes with which a site has planned, or None."""
     for key in (CensusKey(), LateCensusKey(site)):
         if reader.has_contributed(key, site) and reader.is_closed(key):
             with reader.result(key) as document:

@@ -100,7 +100,7 @@ class RegistrationStep(MembershipStep[RegistrationKey]):
     def remarks(
         self, key: RegistrationKey, documents: Mapping[str, Document[Registration]], result: Match
     ) -> Iterator[str]:
-        """Return lines on weights of sites, on tensors that only two have, and on classes of too few."""
+        """Return lines on weights of sites, tensors of two, and classes of too few."""
         registered = messages_of(documents)
         yield from remarks_on_match(key, registered, result, with_shares=True)
         yield from remarks_on_classes(key, registered, result)

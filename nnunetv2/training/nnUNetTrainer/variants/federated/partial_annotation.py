@@ -1,4 +1,4 @@
-"""Train where the sites of a federation annotate different classes: what a trainer needs beside the marginal loss.
+"""Train where sites annotate different classes: the trainer's part beside the loss.
 
 The rows of the segmentation heads are tensors of their own for the federation (`aggregation/head_rows.py`). A site
 sends those of background and of the classes that it annotates, and receives all that are averaged. Rows that nobody
@@ -28,7 +28,7 @@ NEVER = -1e4
 
 @dataclass(frozen=True)
 class PartialAnnotation:
-    """The classes that a site annotates, and the tensors of its network that have a row for each class."""
+    """The classes that a site annotates, and the segmentation heads of its network."""
 
     annotated: tuple[int, ...]
     """Foreground labels, which are channels of the output too, ascending."""
@@ -44,7 +44,7 @@ class PartialAnnotation:
     def describe(
         self, tensors: Sequence[TensorEntry], aliases: Mapping[str, str]
     ) -> tuple[tuple[TensorEntry, ...], dict[str, str]]:
-        """Return the manifest of the network with its heads as rows, and further names of its tensors."""
+        """Return the manifest of the network and further names, with heads as rows."""
         return head_rows.split_entries(tensors, aliases, self.heads, {0, *self.annotated})
 
     def split(self, weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -52,7 +52,7 @@ class PartialAnnotation:
         return head_rows.split_weights(weights, self.heads)
 
     def join(self, weights: Mapping[str, np.ndarray], network: torch.nn.Module) -> dict[str, np.ndarray]:
-        """Return weights with rows in their heads; rows that are not among them stay as they are in the network."""
+        """Return weights with rows in their heads; missing rows stay as they are."""
         state = bare_network(network).state_dict()
         present = {head: state[head].detach().to("cpu", torch.float32).numpy() for head in self.heads}
         return head_rows.join_weights(weights, present)
@@ -77,7 +77,7 @@ class PartialAnnotation:
         return sorted(silent)
 
     def without_hidden(self, outputs: Sequence[Any]) -> list[Any]:
-        """Return results of validation steps that count no voxels of classes that are not annotated here."""
+        """Return results of validation steps without counts of classes not annotated here."""
         if not self.hidden:
             return list(outputs)
         places = [label - 1 for label in self.hidden]
