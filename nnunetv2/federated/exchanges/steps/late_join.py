@@ -16,7 +16,7 @@ from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Policy
 from nnunetv2.federated.exchanges.label_union import check_within
-from nnunetv2.federated.exchanges.secure_sums import check_groups
+from nnunetv2.federated.exchanges.secure_sums import check_count_groups, check_groups
 from nnunetv2.federated.exchanges.steps.base import State, Step, messages_of
 from nnunetv2.federated.exchanges.steps.census import check_same_dataset, pool_census, union_of
 from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
@@ -147,6 +147,7 @@ class AdmissionStep(_StepOfOneSite[AdmissionKey, Registration, Match], Membershi
         admitted = late_join.admit(key.site, registration, reader.agreement(key.run).match, registered)
         if settings.secure is not None:
             check_groups(admitted.shared)
+            check_count_groups(admitted.annotated)
         return admitted
 
     def remarks(

@@ -204,13 +204,16 @@ def check_annotations(site: str, message: Registration, settings: FederationSett
     they train the rows of those that they annotate.
     """
     data = message.dataset_json
+    if settings.labels == "equal" and data.annotated_labels is not None:
+        raise RefusedError(
+            f"site {site} was planned for a federation whose sites annotate different classes",
+            f"Plan and preprocess again, or found the federation with {OPTION}.",
+            code="datasets_differ",
+        )
+    for entry in message.tensors:
+        if entry.only_received and (settings.labels == "equal" or row_of(entry.name) is None):
+            raise WireError(f"site {site} does not want to send tensor {entry.name}, which it trains")
     if settings.labels == "equal":
-        if data.annotated_labels is not None:
-            raise RefusedError(
-                f"site {site} was planned for a federation whose sites annotate different classes",
-                f"Plan and preprocess again, or found the federation with {OPTION}.",
-                code="datasets_differ",
-            )
         return
     numbered = settled_labels(site, reader)
     if data.annotated_labels is None or (numbered is not None and dict(data.labels) != numbered):
