@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from nnunetv2.federated.aggregation import matching
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.protocol.messages import Match, Registration, TrainingData
+from nnunetv2.federated.protocol.messages import Match, Registration
 
 
 def admit(site: str, registration: Registration, match: Match, registered: Mapping[str, Registration]) -> Match:
@@ -46,15 +46,9 @@ def admit(site: str, registration: Registration, match: Match, registered: Mappi
             ),
             "annotated": match.annotated
             if registration.dataset_json.annotated_labels is None
-            else {**match.annotated, site: annotated_values(registration.dataset_json)},
+            else {**match.annotated, site: registration.dataset_json.annotated_values},
         }
     )
-
-
-def annotated_values(data: TrainingData) -> tuple[int, ...]:
-    """Return the foreground labels that a site annotates, ascending."""
-    annotated = {data.labels[name] for name in data.annotated_labels or () if name not in ("background", "ignore")}
-    return tuple(sorted(value for value in annotated if isinstance(value, int)))
 
 
 def _with_names(

@@ -366,6 +366,12 @@ class TrainingData(WithAdditions):
     ) = None
     """Those of the labels that this site annotates, where sites may annotate different ones."""
 
+    @property
+    def annotated_values(self) -> tuple[int, ...]:
+        """Return the foreground labels among them, ascending."""
+        values = {self.labels[name] for name in self.annotated_labels or () if name not in ("background", "ignore")}
+        return tuple(sorted(value for value in values if isinstance(value, int)))
+
 
 class PrivacyDeclaration(Part):
     """A site's account of its training's differential privacy.

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 from nnunetv2.federated.aggregation import matching
 from nnunetv2.federated.aggregation.given_weights import given_names
 from nnunetv2.federated.aggregation.head_rows import row_of
-from nnunetv2.federated.aggregation.late_join import annotated_values
 from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.documents import DocumentReader
@@ -128,7 +127,7 @@ def match_registrations(contributed: Mapping[str, Registration], settings: Feder
     annotated = (
         {}
         if settings.labels == "equal"
-        else {site: annotated_values(message.dataset_json) for site, message in contributed.items()}
+        else {site: message.dataset_json.annotated_values for site, message in contributed.items()}
     )
     if settings.secure is not None:
         check_groups(matched.shared)
@@ -224,7 +223,7 @@ def check_annotations(site: str, message: Registration, settings: FederationSett
         )
     if unknown := set(data.annotated_labels) - data.labels.keys():
         raise WireError(f"site {site} annotates {sorted(unknown)[0][:80]!r}, which is none of its labels")
-    trained = {0, *annotated_values(data)}
+    trained = {0, *data.annotated_values}
     rows = [(entry, row) for entry in message.tensors if (row := row_of(entry.name)) is not None]
     if not rows or any((row[1] in trained) == bool(entry.only_received) for entry, row in rows):
         raise WireError(f"site {site} must train the outputs of the classes that it annotates, and no others")
