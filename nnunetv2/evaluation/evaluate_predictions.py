@@ -199,6 +199,7 @@ def compute_metrics_on_folder2(
         image_folder: Images to show in it under the label maps.
     """
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
+    from nnunetv2.plans.partial_labels import scored_classes
     from nnunetv2.plans.plans_manager import PlansManager
 
     dataset_json = read_json(dataset_json_file, required={**DATASET, "file_ending": str})
@@ -212,7 +213,7 @@ def compute_metrics_on_folder2(
         output_file or os.path.join(folder_pred, "summary.json"),
         reader,
         ending,
-        labels.foreground_regions if labels.has_regions else labels.foreground_labels,
+        scored_classes(labels, dataset_json),
         labels.ignore_label,
         num_processes,
         chill=chill,

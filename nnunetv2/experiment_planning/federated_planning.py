@@ -38,13 +38,15 @@ from nnunetv2.experiment_planning.site_cases import (
 )
 from nnunetv2.federated.aggregation import fingerprint_statistics, outermost
 from nnunetv2.federated.errors import FederationError, RefusedError, WireError
+from nnunetv2.federated.exchanges.label_union import check_union
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
 from nnunetv2.federated.privacy.own_networks import name_to_compare, plans_to_compare
 from nnunetv2.federated.privacy.require_secure import check_settings
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.site import results
-from nnunetv2.federated.site.credential import load_credential
+from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.transport import Transport, open_transport, show_progress
+from nnunetv2.plans.partial_labels import with_union
 from nnunetv2.preprocessed_data.fingerprint_files import (
     FINGERPRINT_FILE,
     forget_pooled_fingerprint,
@@ -99,21 +101,26 @@ def plan_federated(dataset_id: int | str, options: PlanningOptions, *, credentia
     extractor.show_progress_bar = options.show_progress_bar
     if options.mode == "asym":
         folder = Path(extractor.output_folder)
+        joint = _settle_classes(extractor, credential, credential_file) if credential.labels == "union" else {}
         extractor.run(overwrite_existing=options.clean or has_pooled_fingerprint(folder))
         forget_pooled_fingerprint(folder)
-        return plan_experiment_dataset(dataset_id, **options.planner)[1]
+        return plan_experiment_dataset(dataset_id, **options.planner, **joint)[1]
     check_enough_cases(extractor.count_cases(), extractor.dataset_name)
     with open_transport(credential, show_progress) as transport:
         settings = transport.settings()
         check_settings(settings, credential.secure)
         check_extrema_stay(settings, share_extrema=options.share_extrema)
         census = make_census(extractor, share_extrema=options.share_extrema)
-        if settings.secure is None:
+        pooling = None
+        if settings.secure is not None:
+            pooling = SecurePooling(transport, settings.secure, credential, credential_file, networks=settings.networks)
+            census = pooling.with_keys(census)
+        joint = _with_all_classes(transport, extractor, census, credential.site) if settings.labels == "union" else {}
+        if pooling is None:
             num_cases = pool_fingerprint(transport, extractor, census, site=credential.site)
         else:
-            pooling = SecurePooling(transport, settings.secure, credential, credential_file, networks=settings.networks)
             num_cases = pool_secure_fingerprint(pooling, extractor, census, options.planner)
-        plans, plans_name = plan_experiment_dataset(dataset_id, **options.planner)
+        plans, plans_name = plan_experiment_dataset(dataset_id, **options.planner, **joint)
         compared = plans_to_compare(json.loads(json.dumps(plans)), settings.networks)  # as in the file: no tuples
         report, name = messages.PlansReport(plans=compared), name_to_compare(plans_name, settings.networks)
         _or_late(
@@ -127,6 +134,32 @@ def plan_federated(dataset_id: int | str, options: PlanningOptions, *, credentia
             f"{num_cases} cases; network, patch and batch are this site's own."
         )
     return plans_name
+
+
+def _settle_classes(extractor: Any, credential: SiteCredential, credential_file: Path | None) -> dict[str, Any]:
+    """Return dataset.json with the classes of all sites, as a keyword of planning; all else a site plans alone."""
+    check_enough_cases(extractor.count_cases(), extractor.dataset_name)
+    with open_transport(credential, show_progress) as transport:
+        settings = transport.settings()
+        check_settings(settings, credential.secure)
+        census = make_census(extractor, share_extrema=False)
+        if settings.secure is not None:
+            census = SecurePooling(transport, settings.secure, credential, credential_file).with_keys(census)
+        return _with_all_classes(transport, extractor, census, credential.site)
+
+
+def _with_all_classes(transport: Transport, extractor: Any, census: messages.Census, site: str) -> dict[str, Any]:
+    """Return the same after a census of all sites, and show who annotates which classes."""
+    pooled = _or_late(
+        lambda: transport.exchange(keys.CensusKey(), census).message,
+        lambda: transport.exchange(keys.LateCensusKey(site), census).message,
+    )
+    labels = check_union(pooled.labels, pooled.annotators, census.labels)
+    for name, number in pooled.annotators.items():
+        here = "" if name in census.labels else "not "
+        sites = f"{number} site{'' if number == 1 else 's'}"
+        show(f"Class {labels[name]}, {name}: annotated at {sites}, {here}here.", flush=True)
+    return {"dataset_json": with_union(extractor.dataset_json, labels)}
 
 
 def pool_fingerprint(transport: Transport, extractor: Any, census: messages.Census, *, site: str) -> int:
@@ -149,8 +182,7 @@ def pool_fingerprint(transport: Transport, extractor: Any, census: messages.Cens
 def pool_secure_fingerprint(
     pooling: SecurePooling, extractor: Any, census: messages.Census, planner: Mapping[str, Any]
 ) -> int:
-    """Learn the pooled fingerprint by masked sums; see `pool_fingerprint`."""
-    census = pooling.with_keys(census)
+    """Learn the pooled fingerprint by masked sums; see `pool_fingerprint`. The census has this site's key."""
     return _or_late(
         lambda: pooling.take_part(extractor, census, planner), lambda: pooling.come_late(extractor, census, planner)
     )

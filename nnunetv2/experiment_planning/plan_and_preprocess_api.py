@@ -19,6 +19,7 @@ from nnunetv2.experiment_planning.planning import plan_experiment_dataset as pla
 from nnunetv2.experiment_planning.prerequisites import require_dataset
 from nnunetv2.experiment_planning.verify_dataset_integrity import leave_out_bad_cases, verify_dataset_integrity
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.plans.partial_labels import as_in_raw_data, common_numbers
 from nnunetv2.preprocessed_data.bad_cases import (
     BAD_CASES_FILE,
     describe_bad_cases,
@@ -335,14 +336,23 @@ def copy_labels(dataset_name: str, reader: BaseReaderWriter | None = None) -> No
     """Copy the missing or changed labels of a dataset to gt_segmentations.
 
     Args:
-        reader: Knows which files belong to a label. None: there are no such files.
+        reader: Knows which files belong to a label, and writes those with other values than the raw ones. None: there
+            are no such files.
     """
-    from nnunetv2.experiment_planning.reference_labels import copy_references
+    from nnunetv2.experiment_planning.reference_labels import copy_references, write_renumbered_references
 
     raw, preprocessed = Path(nnUNet_raw) / dataset_name, Path(nnUNet_preprocessed) / dataset_name
     dataset_json = read_json(raw / "dataset.json")
     labels = {case: files["label"] for case, files in list_training_cases(raw, preprocessed, dataset_json).items()}
-    copy_references(labels, preprocessed / "gt_segmentations", dataset_json["file_ending"], reader)
+    planned = preprocessed / "dataset.json"
+    numbers = common_numbers(read_json(planned)) if planned.is_file() else {}
+    ending, target = dataset_json["file_ending"], preprocessed / "gt_segmentations"
+    if numbers:
+        if reader is None:
+            raise ValueError(f"{planned} numbers labels otherwise than the raw data: a reader has to write the copies")
+        write_renumbered_references(labels, target, ending, reader, numbers)
+    else:
+        copy_references(labels, target, ending, reader)
 
 
 def copy_patients(dataset_name: str) -> None:
@@ -381,7 +391,9 @@ def count_for(preprocessor: object, configuration: str) -> int | None:
 
 def _warn_if_dataset_json_changed(dataset_name: str) -> None:
     files = [Path(root) / dataset_name / "dataset.json" for root in (nnUNet_raw, nnUNet_preprocessed)]
-    if all(file.is_file() for file in files) and len({file.read_bytes() for file in files}) > 1:
+    if not all(file.is_file() for file in files) or files[0].read_bytes() == files[1].read_bytes():
+        return
+    if read_json(files[0]) != as_in_raw_data(read_json(files[1])):
         logger.warning(
             "%s has changed since %s was planned. Preprocessing goes by the copy made then, %s; plan again "
             "for the change to take effect.",

@@ -40,12 +40,15 @@ def plan_experiment_dataset(
     preprocess_class_name: str = "DefaultPreprocessor",
     overwrite_target_spacing: Sequence[float] | None = None,
     overwrite_plans_name: str | None = None,
+    *,
+    dataset_json: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], str]:
     """Plan a dataset from its fingerprint.
 
     Args:
         gpu_memory_target_in_gb: None leaves it to the planner, as does None for `overwrite_plans_name`.
         overwrite_target_spacing: Array order, before transposition.
+        dataset_json: To plan with, and to be written; that of the raw data if None.
 
     Returns:
         The plans and their name.
@@ -58,4 +61,6 @@ def plan_experiment_dataset(
         overwrite_target_spacing,
         overwrite_plans_name,
     )
+    if dataset_json is not None:
+        planner.dataset_json = dataset_json
     return planner.plan_experiment(), planner.plans_identifier

@@ -6,12 +6,17 @@ Predictions are scored against them.
 from __future__ import annotations
 
 import filecmp
+import hashlib
+import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2.errors import InvalidInputError
+from nnunetv2.plans.partial_labels import renumber
 from nnunetv2.utilities.atomic_write import replacing
 
 if TYPE_CHECKING:
@@ -56,6 +61,47 @@ def copy_references(labels: dict[str, str], target: Path, file_ending: str, read
         )
 
 
+def write_renumbered_references(
+    labels: Mapping[str, str], target: Path, file_ending: str, reader: BaseReaderWriter, numbers: Mapping[int, int]
+) -> None:
+    """Write labels with other values than in their files, where missing or changed.
+
+    Copies that were edited later than their original was changed stay.
+
+    Args:
+        labels: Case -> file.
+        target: Folder of the copies, CASE.ENDING.
+        numbers: Value in the files -> value in the copies.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for case, label in labels.items():
+        source, copy = Path(label), target / f"{case}{file_ending}"
+        mark = _time_of(source, numbers)
+        if copy.is_file() and (copy.stat().st_mtime_ns == mark or _is_edited(source, copy)):
+            continue
+        segmentation, properties = reader.read_seg(label)
+        try:
+            renumbered = renumber(segmentation, numbers)
+        except InvalidInputError as error:
+            raise InvalidInputError(f"{label}: {error}") from error
+        if copy.is_symlink():
+            copy.unlink()  # what it points to is somebody else's
+        with replacing(copy) as written:
+            reader.write_seg(renumbered[0], str(written), properties)
+            os.utime(written, ns=(mark, mark))
+
+
+def _time_of(source: Path, numbers: Mapping[int, int]) -> int:
+    """Return a time of modification, long ago, that tells what a renumbered copy was made of.
+
+    It is older than any original, so no other run takes such a copy for one that was edited.
+    """
+    about = source.stat()
+    made_from = json.dumps([about.st_size, about.st_mtime_ns, about.st_ctime_ns, sorted(numbers.items())])
+    seconds = int.from_bytes(hashlib.sha256(made_from.encode()).digest()[:4], "little") >> 3  # the first 17 years
+    return seconds * 10**9
+
+
 def is_up_to_date(source: Path, copy: Path) -> bool:
     """Tell whether a copy holds what its original holds, or was edited later.
 
@@ -69,8 +115,12 @@ def is_up_to_date(source: Path, copy: Path) -> bool:
     original, copied = source.stat(), copy.stat()
     if (original.st_size, original.st_mtime_ns) == (copied.st_size, copied.st_mtime_ns):
         return original.st_ctime_ns < copied.st_ctime_ns or filecmp.cmp(source, copy, shallow=False)
-    is_edited = original.st_ctime_ns < copied.st_mtime_ns <= copied.st_ctime_ns
-    return is_edited and os.name != "nt"
+    return _is_edited(source, copy)
+
+
+def _is_edited(source: Path, copy: Path) -> bool:
+    original, copied = source.stat(), copy.stat()
+    return original.st_ctime_ns < copied.st_mtime_ns <= copied.st_ctime_ns and os.name != "nt"
 
 
 def _stem(label: str, file_ending: str) -> str:

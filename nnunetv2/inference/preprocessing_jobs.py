@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nnunetv2.plans.partial_labels import without_raw_values
 from nnunetv2.utilities.plain_text import log_plainly
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class FileCase:
             self.previous_stage_file,
             model.plans_manager,
             model.configuration_manager,
-            model.dataset_json,
+            without_raw_values(model.dataset_json),  # the previous stage has predicted the model's own labels
         )
         return _as_item(data, seg if self.previous_stage_file is not None else None, properties, self.output, model)
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.plans.partial_labels import common_numbers
 from nnunetv2.utilities.json_files import read_json
 
 
@@ -43,7 +45,7 @@ def accumulate_cv_results(
     has_new = _copy_predictions(folders, merged, dataset_json["file_ending"], overwrite)
     if has_new or not (merged / "summary.json").is_file():
         compute_metrics_on_folder2(
-            find_references(plans["dataset_name"]),
+            find_references(plans["dataset_name"], dataset_json),
             str(merged),
             str(merged / "dataset.json"),
             str(merged / "plans.json"),
@@ -53,12 +55,15 @@ def accumulate_cv_results(
         )
 
 
-def find_references(dataset_name: str) -> str:
+def find_references(dataset_name: str, dataset_json: Mapping[str, Any] | None = None) -> str:
     """Return the folder of a dataset's reference label maps.
 
     Raw if it exists, else their copies beside the plans.
+
+    Args:
+        dataset_json: Of a model; where its labels have other values than the raw ones, these do not do.
     """
-    if nnUNet_raw.is_set():
+    if nnUNet_raw.is_set() and not common_numbers(dataset_json or {}):
         raw = Path(nnUNet_raw, dataset_name, "labelsTr")
         if raw.is_dir():
             return str(raw)

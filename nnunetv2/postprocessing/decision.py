@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -89,22 +89,28 @@ def decide(
     file_ending: str,
     label_manager: LabelManager,
     num_processes: int,
+    *,
+    hidden: Collection[int] = (),
 ) -> Decision:
     """Find the removals that pay; see `determine_postprocessing`. Each file is read once.
+
+    Args:
+        hidden: Labels that the references do not have although they may be there: nothing is known of them.
 
     Raises:
         FileNotFoundError: There are no predictions, or one has no reference.
     """
     pairs = list_pairs(folder_ref, folder_predictions, file_ending, chill=True)
-    classes = label_manager.foreground_regions if label_manager.has_regions else label_manager.foreground_labels
-    classes = [plain_class(entry) for entry in classes]
+    foreground = [int(label) for label in label_manager.foreground_labels if label not in hidden]
+    named = label_manager.foreground_regions if label_manager.has_regions else foreground
+    classes = [plain_class(entry) for entry in named]
     files = [file for pair in pairs.values() for file in pair]
     opened = map_cases(partial(open_case, reader=reader), pairs, num_processes, files)
     states = {name: state for name, (state, _) in opened.items()}
     before = {name: confusion for name, (_, confusion) in opened.items()}
     decision = Decision(folder_predictions, folder_ref, classes, label_manager.ignore_label, before, dict(before))
     trials = _Trials(states, num_processes, files)
-    _try_all_foreground(decision, trials, [int(label) for label in label_manager.foreground_labels])
+    _try_all_foreground(decision, trials, foreground)
     if len(classes) > 1:
         for group in group_disjoint(classes):
             _try_classes(decision, trials, group)

@@ -91,7 +91,13 @@ def determine_postprocessing(
 
     dataset = _DatasetFiles.read(folder_predictions, plans_file_or_dict, dataset_json_file_or_dict)
     decision = decide(
-        folder_predictions, folder_ref, dataset.reader, dataset.ending, dataset.label_manager, num_processes
+        folder_predictions,
+        folder_ref,
+        dataset.reader,
+        dataset.ending,
+        dataset.label_manager,
+        num_processes,
+        hidden=dataset.hidden,
     )
     functions = [remove_all_but_largest_component_from_segmentation] * len(decision.accepted)
     kwargs = [{"labels_or_regions": entry} for entry in decision.accepted]
@@ -209,12 +215,14 @@ class _DatasetFiles:
     """What plans and dataset.json say about label maps."""
 
     def __init__(self, plans: dict, dataset_json: dict) -> None:
+        from nnunetv2.plans.partial_labels import unannotated_labels
         from nnunetv2.plans.plans_manager import PlansManager
 
         manager = PlansManager(plans)
         self.ending: str = dataset_json["file_ending"]
         self.reader: BaseReaderWriter = manager.image_reader_writer_class()
         self.label_manager = manager.get_label_manager(dataset_json)
+        self.hidden = unannotated_labels(dataset_json)
 
     @classmethod
     def read(cls, folder: str, plans: str | dict | None, dataset_json: str | dict | None) -> _DatasetFiles:

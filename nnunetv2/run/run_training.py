@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
+from nnunetv2.plans.partial_labels import unannotated_labels
 from nnunetv2.run import applied_options, processes, training_options
 from nnunetv2.run.fine_tuning import start_from_pretrained_weights
 from nnunetv2.training import stopping
@@ -320,6 +321,11 @@ def get_trainer_from_args(
     folder = _preprocessed_folder(dataset_name_or_id)
     plans = _read_json(folder / f"{plans_identifier}.json", PLANS)
     dataset_json = _read_json(folder / "dataset.json", DATASET)
+    if unannotated_labels(dataset_json) and not getattr(trainer_class, "trains_partial_labels", False):
+        show(
+            f"WARNING: {folder.name} was planned with classes that are not annotated here, and {trainer_name} takes "
+            "their voxels for background: train with a trainer for federations, or plan without --federated"
+        )
     return trainer_class(
         plans={
             **plans,

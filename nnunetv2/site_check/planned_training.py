@@ -11,6 +11,7 @@ from nnunetv2.federated.commands.manifest import collect
 from nnunetv2.federated.privacy.disclosure import Disclosure
 from nnunetv2.federated.protocol.messages import Networks, Precision
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
+from nnunetv2.plans.partial_labels import ANNOTATED
 from nnunetv2.plans.plans_manager import PlansManager
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import PLANS, read_json
@@ -111,7 +112,15 @@ def load_planned_training(
         is_masked=is_masked,
         networks=networks,
     )
-    return PlannedTraining(folders, read_json(folders.raw / "dataset.json"), plans, chosen, documents)
+    return PlannedTraining(folders, _read_description(folders), plans, chosen, documents)
+
+
+def _read_description(folders: DatasetFolders) -> Mapping[str, Any]:
+    """Return dataset.json; where it was planned with the classes of other sites too, with all of these."""
+    planned = folders.preprocessed / "dataset.json"
+    if planned.is_file() and ANNOTATED in (description := read_json(planned)):
+        return description
+    return read_json(folders.raw / "dataset.json")
 
 
 def _choose(wanted: str | None, configurations: Sequence[str], file: Path) -> str:

@@ -18,6 +18,7 @@ from nnunetv2.inference.export_queue import ExportQueue
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from nnunetv2.models.networks import bare_network, is_deeply_supervised
 from nnunetv2.plans.label_manager import convert_labelmap_to_one_hot
+from nnunetv2.plans.partial_labels import scored_classes
 from nnunetv2.preprocessed_data.datasets import infer_dataset_class
 from nnunetv2.training.distributed import wait_for_all
 from nnunetv2.training.finished_cases import FinishedCases, fingerprint_of
@@ -287,7 +288,7 @@ def _score(trainer: nnUNetTrainer, folder: Path, compute_metrics: Callable[..., 
         str(folder / "summary.json"),
         trainer.plans_manager.image_reader_writer_class(),
         trainer.dataset_json["file_ending"],
-        labels.foreground_regions if labels.has_regions else labels.foreground_labels,
+        scored_classes(labels, trainer.dataset_json),
         labels.ignore_label,
         chill=True,
         num_processes=default_num_processes * world_size,

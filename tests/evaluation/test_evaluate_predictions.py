@@ -225,6 +225,14 @@ def test_a_dataset_says_which_classes_to_score(folders):
     assert set(load_summary_json(folders / "predictions" / "summary.json")["mean"]) == {(1, 2), (2,)}
 
 
+def test_what_is_not_annotated_is_not_scored(folders):
+    dataset_json, plans = write_json_files(folders, labels={"background": 0, "one": 1, "two": 2})
+    described = json.loads((folders / "dataset.json").read_text())
+    (folders / "dataset.json").write_text(json.dumps({**described, "annotated_labels": ["background", "two"]}))
+    compute_metrics_on_folder2(str(folders / "references"), str(folders / "predictions"), dataset_json, plans)
+    assert list(load_summary_json(folders / "predictions" / "summary.json")["mean"]) == [2]
+
+
 def test_simple_scores_find_the_format_among_other_files(folders):
     (folders / "references" / "a_notes.txt").write_text("not an image")
     (folders / "predictions" / "a.gz").write_text("not an image")

@@ -8,6 +8,7 @@ import threading
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from patience import PATIENCE_S
 from tiny_models import TinyModel
@@ -178,3 +179,16 @@ def test_own_workers_report_a_failure_and_stop_when_told_to():
     assert abort.is_set() and not done.is_set()
     preprocess_fromnpy_save_to_queue(make_arrays(3), None, make_properties(3), None, *make_model(), *ends)
     assert target.empty() and not done.is_set()
+
+
+def test_labels_of_a_previous_stage_are_the_models_own(write_images, tmp_path):
+    folder = write_images(["a"])
+    image = sitk.ReadImage(str(folder / "a_0000.nii.gz"))
+    labels = sitk.GetImageFromArray(np.ones_like(sitk.GetArrayFromImage(image), np.uint8))
+    labels.CopyInformation(image)
+    sitk.WriteImage(labels, str(tmp_path / "a.nii.gz"))
+    plans_manager, dataset_json, configuration_manager = make_model()
+    joint = {**dataset_json, "values_in_raw_data": {**dict.fromkeys(dataset_json["labels"], 9), "background": 7}}
+    model = preprocessing_jobs.Model(plans_manager, configuration_manager, joint)
+    case = preprocessing_jobs.FileCase((str(folder / "a_0000.nii.gz"),), str(tmp_path / "a.nii.gz"), None)
+    assert case.preprocess(DefaultPreprocessor(verbose=False), model)["data"].shape[0] >= 1

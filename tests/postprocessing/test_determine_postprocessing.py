@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +70,16 @@ def test_a_class_that_would_suffer_vetoes_the_foreground_but_not_the_other_class
     assert kwargs == [{"labels_or_regions": 1}]
     result = read(predictions, "postprocessed/case_0.nii.gz")
     assert result[1, 17, 2] == 3 and result[2, 15, 20] == 0
+
+
+def test_nothing_is_removed_of_what_is_not_annotated(folders):
+    reference, prediction = draw(island_of=3)
+    reference[reference == 3] = 0
+    predictions, references = folders((reference, prediction))
+    described = make_dataset_json()
+    annotated = [name for name, value in described["labels"].items() if value < 3]
+    Path(predictions, "dataset.json").write_text(json.dumps({**described, "annotated_labels": annotated}))
+    assert module.determine_postprocessing(predictions, references, None, None, 1)[1] == []
 
 
 def test_what_changes_nothing_is_not_accepted(folders):

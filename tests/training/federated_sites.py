@@ -28,7 +28,16 @@ class Sites:
     def __init__(self, federation, folder: Path, monkeypatch) -> None:
         self.federation, self.folder, self.monkeypatch = federation, folder, monkeypatch
 
-    def trainer(self, site: str, trainer_class=nnUNetTrainerAsymFedAvg, *, go_on=False, plans=None, **client_options):
+    def trainer(
+        self,
+        site: str,
+        trainer_class=nnUNetTrainerAsymFedAvg,
+        *,
+        go_on=False,
+        plans=None,
+        dataset_json=None,
+        **client_options,
+    ):
         """Construct the trainer of a site, with folders of its own, and with plans of its own where they are given."""
         for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
             self.monkeypatch.setenv(root, str(self.folder / site / root))
@@ -41,7 +50,7 @@ class Sites:
             {**(plans or make_plans()), "continue_training": go_on},
             "3d_fullres",
             0,
-            make_dataset_json(),
+            dataset_json or make_dataset_json(),
             torch.device("cpu"),
         )
         trainer.credential = self.federation.credential(site)

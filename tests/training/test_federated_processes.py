@@ -18,6 +18,7 @@ from patience import PATIENCE_S
 from tiny_dataset import NAME, make_configuration, make_plans, make_tiny_dataset
 
 from nnunetv2.federated.protocol import keys
+from nnunetv2.plans.partial_labels import with_union
 from nnunetv2.run.run_training import find_free_network_port
 
 pytestmark = pytest.mark.slow
@@ -156,11 +157,11 @@ def finish(*processes: subprocess.Popen) -> None:
         assert process.returncode == 0, output[-3000:]
 
 
-def fold_folder(folder: Path, site: str, configuration: str, fold: int, trainer: str = TRAINER) -> Path:
+def fold_folder(folder: Path, site: str, configuration: str, fold: int | str, trainer: str = TRAINER) -> Path:
     return folder / site / "nnUNet_results" / NAME / f"{trainer}__nnUNetPlans__{configuration}" / f"fold_{fold}"
 
 
-def assert_one_network(folder: Path, configuration: str, fold: int) -> None:
+def assert_one_network(folder: Path, configuration: str, fold: int | str) -> None:
     first, second = (
         torch.load(fold_folder(folder, site, configuration, fold) / "checkpoint_final.pth", weights_only=False)[
             "network_weights"
@@ -297,3 +298,49 @@ def test_folds_run_side_by_side_and_a_cascade_goes_on_from_them(federation, tmp_
     assert np.shape(first_layer)[1] == 3  # the image, and a channel for each label of the stage before
     model = federation.state.store.folder / "models" / f"{TRAINER}__nnUNetPlans__3d_cascade_fullres"
     assert (model / "fold_0" / "checkpoint_final.pth").is_file()
+
+
+UNION = {"background": 0, "blob": 1, "core": 2}
+
+
+def annotate(preprocessed: Path, *classes: str) -> None:
+    """Let a preprocessed dataset say that these classes are annotated only."""
+    file = preprocessed / NAME / "dataset.json"
+    raw = {**json.loads(file.read_text()), "labels": {name: UNION[name] for name in ("background", *classes)}}
+    file.write_text(json.dumps(with_union(raw, UNION)))
+
+
+def test_a_site_with_two_processes_may_annotate_fewer_classes(tmp_path):
+    classes = {"A": ("blob",), "B": ("blob", "core"), "C": ("core", "blob")}
+    settings = make_settings(
+        num_epochs=2, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, sites=tuple(classes), labels="union"
+    )
+    with served(tmp_path / "federation", settings) as federation:
+        for site, own in classes.items():
+            make_tiny_dataset(tmp_path / site / "nnUNet_preprocessed", cases=5)
+            annotate(tmp_path / site / "nnUNet_preprocessed", *own)
+        finish(
+            start(federation, tmp_path, "A", "3d_fullres", "0", "-num_gpus", "2"),
+            *(start(federation, tmp_path, site, "3d_fullres", "0") for site in "BC"),
+        )
+    assert_one_network(tmp_path, "3d_fullres", 0)
+    summary = json.loads((fold_folder(tmp_path, "A", "3d_fullres", 0) / "validation" / "summary.json").read_text())
+    assert [*summary["mean"]] == ["1"]
+
+
+def test_a_cascade_goes_on_from_all_classes(tmp_path):
+    classes = {"A": ("blob",), "B": ("blob", "core"), "C": ("core", "blob")}
+    settings = make_settings(
+        num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, sites=tuple(classes), labels="union"
+    )
+    with served(tmp_path / "federation", settings) as federation:
+        for site, own in classes.items():
+            make_cascade(tmp_path / site / "nnUNet_preprocessed")
+            annotate(tmp_path / site / "nnUNet_preprocessed", *own)
+        for configuration in ("3d_lowres", "3d_cascade_fullres"):
+            finish(*(start(federation, tmp_path, site, configuration, "all") for site in classes))
+            assert_one_network(tmp_path, configuration, "all")
+    weights = torch.load(
+        fold_folder(tmp_path, "A", "3d_cascade_fullres", "all") / "checkpoint_final.pth", weights_only=False
+    )["network_weights"]
+    assert weights["encoder.stages.0.0.convs.0.conv.weight"].shape[1] == 3  # the image, and all classes of all sites

@@ -153,7 +153,7 @@ def test_a_delayed_average_loses_and_repeats_nothing():
 
 def test_the_log_says_what_is_shared_with_whom():
     shared = {"w": {"a": "w", "b": "w"}, "v": {"a": "v", "b": "v", "c": "v"}, "u": {"b": "u", "c": "u"}}
-    match = SimpleNamespace(
+    match = messages.Match.model_construct(
         rule="name",
         weighting="cases",
         coverage={"a": (75, 100)},
@@ -161,6 +161,7 @@ def test_the_log_says_what_is_shared_with_whom():
         shared=shared,
         initial_owner={"w": "a", "v": "b", "u": "b"},
         kept_local=(),
+        received={},
     )
     lines = describe_match(match, "a")
     assert "75 of 100 parameters (75.0%)" in lines[0]

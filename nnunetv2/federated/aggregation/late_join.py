@@ -25,10 +25,10 @@ def admit(site: str, registration: Registration, match: Match, registered: Mappi
     Raises:
         RefusedError: The newcomer shares suspiciously little of what the run shares.
     """
-    names = shared_names(site, registration, match, registered)
+    names, received = shared_names(site, registration, match, registered)
     entries = {entry.name: entry for entry in registration.tensors}
     total = matching.count_parameters(registration.tensors)
-    count = sum(math.prod(entries[local].shape) for local in names.values())
+    count = sum(math.prod(entries[local].shape) for local in (*names.values(), *received.values()))
     if count == 0 or count < matching.MIN_COVERAGE * total:
         raise RefusedError(
             f"site {site} shares only {count} of its {total} parameters with the run, which has begun",
@@ -40,36 +40,52 @@ def admit(site: str, registration: Registration, match: Match, registered: Mappi
             "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),
             "coverage": {**match.coverage, site: (count, total)},
             "keys": match.keys if registration.keys is None else {**match.keys, site: registration.keys},
-            "shared": {
-                name: {**sites, site: names[name]} if name in names else sites for name, sites in match.shared.items()
-            },
+            "shared": _with_names(match.shared, names, site),
+            "received": _with_names(
+                {name: match.received.get(name, {}) for name in (*match.received, *received)}, received, site
+            ),
+            "annotated": match.annotated
+            if registration.dataset_json.annotated_labels is None
+            else {**match.annotated, site: registration.dataset_json.annotated_values},
         }
     )
 
 
+def _with_names(
+    tensors: Mapping[str, Mapping[str, str]], names: Mapping[str, str], site: str
+) -> dict[str, dict[str, str]]:
+    """Return canonical name -> site -> own name, with one more site."""
+    return {name: {**sites, **({site: names[name]} if name in names else {})} for name, sites in tensors.items()}
+
+
 def shared_names(
     site: str, registration: Registration, match: Match, registered: Mapping[str, Registration]
-) -> dict[str, str]:
+) -> tuple[dict[str, str], dict[str, str]]:
     """Match the newcomer's tensors with those of the run.
 
-    Returns canonical name -> its own name.
+    Returns canonical name -> its own name, of what it shares, and of what it receives only.
     """
     manifests = {name: message.tensors for name, message in registered.items()} | {site: registration.tensors}
     rule = {"name": matching.match_by_name, "resolution": matching.match_by_resolution}[match.rule]
-    # Its partners tell what a tensor is: canonical names depend on who takes part.
-    own_name_of = {
-        (partner, local): sites[site]
-        for sites in rule(manifests).shared.values()
-        if site in sites
-        for partner, local in sites.items()
-        if partner != site
-    }
-    return {
-        name: own_name_of[partner]
-        for name, sites in match.shared.items()
-        for partner in [next((pair for pair in sorted(sites.items()) if pair in own_name_of), None)]
-        if partner is not None
-    }
+    found = rule(manifests)
+
+    def names_in(own: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+        # Its partners tell what a tensor is: canonical names depend on who takes part.
+        own_name_of = {
+            (partner, local): own[name][site]
+            for name, sites in found.shared.items()
+            if site in own.get(name, {})
+            for partner, local in sites.items()
+            if partner != site
+        }
+        return {
+            name: own_name_of[partner]
+            for name, sites in match.shared.items()
+            for partner in [next((pair for pair in sorted(sites.items()) if pair in own_name_of), None)]
+            if partner is not None
+        }
+
+    return names_in(found.shared), names_in(found.received)
 
 
 def with_site(match: Match, admitted: Match, site: str) -> Match:
@@ -79,9 +95,17 @@ def with_site(match: Match, admitted: Match, site: str) -> Match:
             "weights": dict.fromkeys(sorted({*match.weights, site}), 1.0),
             "coverage": {**match.coverage, site: admitted.coverage[site]},
             "keys": {**match.keys, **({site: admitted.keys[site]} if site in admitted.keys else {})},
-            "shared": {
-                name: {**sites, site: admitted.shared[name][site]} if site in admitted.shared[name] else sites
-                for name, sites in match.shared.items()
+            "shared": _with_names(match.shared, admitted.names_at(site), site),
+            "received": _with_received(match, admitted, site),
+            "annotated": {
+                **match.annotated,
+                **({site: admitted.annotated[site]} if site in admitted.annotated else {}),
             },
         }
     )
+
+
+def _with_received(match: Match, admitted: Match, site: str) -> dict[str, dict[str, str]]:
+    """Return what sites receive only, with one more of them."""
+    names = {name: sites[site] for name, sites in admitted.received.items() if site in sites}
+    return _with_names({name: match.received.get(name, {}) for name in (*match.received, *names)}, names, site)

@@ -11,8 +11,8 @@ Two rules give a tensor the name under which it is compared:
     by resolution      r0 r1 r2 r3          r0 r1 r2 r3 r4
 
 A layer (the weight, bias, ... of one module) is shared whole or not at all, by the sites whose layers agree in the
-name, shape and dtype of every tensor; there must be at least two of them, or as many as the federation asks for.
-Integer tensors are never shared.
+name, shape and dtype of every tensor; there must be at least two of them, or as many as the federation asks for. Sites
+that only receive such a layer do not count. Integer tensors are never shared.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from nnunetv2.federated.errors import MatchingError
@@ -114,6 +114,8 @@ class Matching:
     """Canonical name -> dtype and shape, the same at all its sites."""
     coverage: dict[str, tuple[int, int]]
     """Site -> (parameters it shares, parameters it has)."""
+    received: dict[str, dict[str, str]] = field(default_factory=dict)
+    """The same as `shared`, of sites that receive what others share."""
 
 
 def match_tensors(manifests: Mapping[str, Manifest], *, rule: Rule, min_sites: int = 2) -> Matching:
@@ -220,16 +222,20 @@ def _match(
                 common = names[entry.name]
                 layers[_layer_of(common)].setdefault(site, {})[common] = entry
     shared: dict[str, dict[str, str]] = {}
+    received: dict[str, dict[str, str]] = {}
     entries: dict[str, TensorEntry] = {}
     for layer in sorted(layers):
         groups = _groups_of_sites(layers[layer], min_sites)
         for sites in groups:
             suffix = _suffix(groups, sites, layers[layer])
+            receivers = _receivers(layers[layer], sites[0])
             for common, entry in layers[layer][sites[0]].items():
                 canonical = common + suffix
                 shared[canonical] = {site: layers[layer][site][common].name for site in sites}
+                if receivers:
+                    received[canonical] = {site: layers[layer][site][common].name for site in receivers}
                 entries[canonical] = entry
-    return Matching(shared, entries, _coverage(manifests, shared, entries))
+    return Matching(shared, entries, _coverage(manifests, shared, received, entries), received)
 
 
 def _layer_of(name: str) -> str:
@@ -241,9 +247,24 @@ def _groups_of_sites(layer: Mapping[str, Mapping[str, TensorEntry]], min_sites: 
     """Return the groups, of so many sites at least, whose tensors of this layer agree in every respect."""
     groups: dict[tuple[object, ...], list[str]] = defaultdict(list)
     for site, tensors in layer.items():
-        if all(entry.dtype in SHAREABLE for entry in tensors.values()):
-            groups[tuple(sorted((name, entry.dtype, entry.shape) for name, entry in tensors.items()))].append(site)
+        if all(entry.dtype in SHAREABLE and not entry.only_received for entry in tensors.values()):
+            groups[_signature(tensors)].append(site)
     return [sites for _, sites in sorted(groups.items()) if len(sites) >= min_sites]
+
+
+def _receivers(layer: Mapping[str, Mapping[str, TensorEntry]], holder: str) -> list[str]:
+    """Return the sites that only receive a layer, and have it as a holder has."""
+    wanted = _signature(layer[holder])
+    return [
+        site
+        for site, tensors in layer.items()
+        if any(entry.only_received for entry in tensors.values()) and _signature(tensors) == wanted
+    ]
+
+
+def _signature(tensors: Mapping[str, TensorEntry]) -> tuple[tuple[object, ...], ...]:
+    """Return all in which the layers of two sites must agree."""
+    return tuple(sorted((name, entry.dtype, entry.shape) for name, entry in tensors.items()))
 
 
 def _suffix(
@@ -261,11 +282,14 @@ def _suffix(
 
 
 def _coverage(
-    manifests: Mapping[str, Manifest], shared: Mapping[str, Mapping[str, str]], entries: Mapping[str, TensorEntry]
+    manifests: Mapping[str, Manifest],
+    shared: Mapping[str, Mapping[str, str]],
+    received: Mapping[str, Mapping[str, str]],
+    entries: Mapping[str, TensorEntry],
 ) -> dict[str, tuple[int, int]]:
     counts = dict.fromkeys(sorted(manifests), 0)
     for canonical, sites in shared.items():
-        for site in sites:
+        for site in (*sites, *received.get(canonical, ())):
             counts[site] += math.prod(entries[canonical].shape)
     return {site: (count, count_parameters(manifests[site])) for site, count in counts.items()}
 

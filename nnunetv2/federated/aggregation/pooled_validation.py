@@ -7,7 +7,8 @@ fewer sites than the federation asks for have found is not pooled: it would tell
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
 
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.protocol.messages import PooledValidation, Validation
@@ -17,11 +18,21 @@ MEMORY = 0.9
 
 
 def pool(
-    number: int, contributed: Mapping[str, Validation], *, before: PooledValidation | None, min_sites: int = 1
+    number: int,
+    contributed: Mapping[str, Validation],
+    *,
+    before: PooledValidation | None,
+    min_sites: int = 1,
+    annotated: Mapping[str, Collection[int]] = MappingProxyType({}),
 ) -> PooledValidation:
     """Return the pooled validation of round `number`, given the one before.
 
-    With fewer than `min_sites` contributions, nothing is known of the round, and what was best stays so.
+    With fewer than `min_sites` contributions, nothing is known of the round, and what was best stays so. The same holds
+    for a class that fewer sites annotate.
+
+    Args:
+        annotated: Site -> the foreground labels that it annotates; empty where all annotate the same. The voxels that a
+            site counts of others are 0.
 
     Raises:
         RefusedError: The sites counted different numbers of classes.
@@ -33,6 +44,9 @@ def pool(
     dice = dice_per_class(*(_sum([getattr(one, name) for one in found]) for name in ("tp", "fp", "fn")))
     if len(found) < min_sites:
         dice = (None,) * len(dice)
+    if annotated:
+        counting = [sum(label in annotated.get(site, ()) for site in contributed) for label in range(1, len(dice) + 1)]
+        dice = tuple(value if number >= min_sites else None for value, number in zip(dice, counting, strict=True))
     mean = mean_of_known(dice)
     average = moving_average(None if before is None else before.ema_dice, mean)
     best_round, best = (None, None) if before is None else (before.best_round, before.best_ema_dice)

@@ -9,7 +9,7 @@ from nnunetv2.federated.coordinator.http.listen_address import DEFAULT_HOST, DEF
 
 DEFAULT_EPOCHS = 1000
 
-METHODS = ("networks", "proximal", "keep_local", "finetune_epochs", "initial_weights")
+METHODS = ("networks", "labels", "proximal", "keep_local", "finetune_epochs", "initial_weights")
 """Options that say how sites train that differ; the settings have the same names."""
 
 
@@ -178,6 +178,12 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help="equal: sites that plan with --federated hold the same plans. own: from the one pooled fingerprint, each "
         "plans network, patch and batch for itself, with its own -gpu_memory_target or planner; what matches is "
         "averaged (default: equal)",
+    )
+    how.add_argument(
+        "--labels",
+        choices=("equal", "union"),
+        help="all sites annotate the same classes, or each some of those that all have together; classes are the same "
+        "if their names in dataset.json are (default: equal)",
     )
     how.add_argument(
         "--proximal",

@@ -116,6 +116,9 @@ def collect(
     if plans is None:
         return documents
     masked_in = roots[-1] if is_masked else None
+    planned_file = roots[-1] / "dataset.json"
+    if planned_file.is_file() and "annotated_labels" in (planned := read_json(planned_file)):
+        dataset_json = planned  # with the classes of all sites
     for configuration in configurations or plans["configurations"]:
         documents += _training_documents(
             plans, dataset_json, configuration, trainer, num_cases, precision, pretrained_weights, masked_in, networks

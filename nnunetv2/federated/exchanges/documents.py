@@ -57,9 +57,14 @@ class Agreement:
         """Return a codec for what travels in the rounds."""
         return codec_of(self.match.precision)
 
-    def specs_for(self, site: str) -> dict[str, TensorSpec]:
-        """Return the tensors that a site sends and receives in every round."""
+    def specs_from(self, site: str) -> dict[str, TensorSpec]:
+        """Return the tensors that a site sends in every round."""
         return {name: spec for name, spec in self.specs.items() if site in self.match.shared[name]}
+
+    def specs_for(self, site: str) -> dict[str, TensorSpec]:
+        """Return the tensors that a site receives in every round."""
+        names = self.match.received_by(site)
+        return {name: spec for name, spec in self.specs.items() if name in names}
 
     def specs_owned_by(self, site: str) -> dict[str, TensorSpec]:
         """Return the tensors whose initial values a site sends."""
@@ -179,7 +184,7 @@ class DocumentReader:
         specs: dict[str, TensorSpec] = {}
         weights, plans_names, trust, privacy = {}, {}, {}, {}
         for site, message in self.each_registration(run):
-            canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
+            canonical = {local: name for name, local in match.names_at(site).items()}
             for entry in message.tensors:
                 if entry.name in canonical:  # dtype and shape are the same at all sites
                     specs.setdefault(canonical[entry.name], TensorSpec(entry.dtype, entry.shape))
@@ -306,6 +311,11 @@ class DocumentReader:
         assert secure is not None
         return secure.k
 
+    def num_classes(self, run: str) -> int:
+        """Return the number of classes or regions that validations of a run count."""
+        _, registration = next(self.each_registration(run))
+        return num_classes_of(registration.dataset_json.labels)
+
     def validation_sum(self, key: ValidationKey) -> SecureSum:
         """Return what is added up in a masked validation. The round is closed."""
         agreement = self.agreement(key.run)
@@ -315,7 +325,7 @@ class DocumentReader:
             federation=self.settings.federation,
             match=agreement.match,
             sites=sites,
-            num_classes=num_classes_of(self.registration(key.run, sites[0]).dataset_json.labels),
+            num_classes=self.num_classes(key.run),
             least=self.least,
             weights={site: round(agreement.weights[site]) for site in sites},
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from nnunetv2.federated.aggregation.head_rows import row_of
 from nnunetv2.federated.exchanges.consistency import comparable_plans, find_difference
 from nnunetv2.federated.privacy.plans_redaction import WITHHELD
 from nnunetv2.federated.protocol.api import NetworkOutlook
@@ -103,12 +104,16 @@ def network_trainer(registration: Registration) -> str:
 
 def missing_tensor(site: str, registration: Registration, match: Match) -> str:
     """Say which tensor the model of a site would lack; empty if there is none."""
-    shared = {sites[site] for sites in match.shared.values() if site in sites}
+    shared = {*match.received_by(site).values()}
     lacking = next(
         (entry for entry in registration.tensors if entry.name not in shared and not is_counter(entry.name)), None
     )
     if lacking is None:
         return ""
+    row = row_of(lacking.name)
+    if row is not None:
+        name = next((name for name, value in registration.dataset_json.labels.items() if value == row[1]), str(row[1]))
+        return f"too few sites annotate the class {name!r} for an average of its part of the network"
     what = (
         "holds whole numbers, which are not averaged"
         if lacking.dtype.startswith(("I", "U", "B")) and lacking.dtype != "BF16"

@@ -38,7 +38,8 @@ FIGURES = {
 }
 """Lane -> metrics whose means over the training cases the coordinator learns."""
 COUNTS, LOSS = "counts", "loss"
-"""Lanes of a validation: TP, FP and FN per class, and the loss."""
+"""Lanes of a validation: TP, FP and FN per class, and the loss. Where sites annotate different classes, there is a lane
+of counts for each set of sites that annotate the same, and its name goes on with a digest of theirs."""
 OPTIONAL = frozenset({*FIGURES, LOSS})
 """A site that has no such figure does not send the lane; all others it sends."""
 
@@ -284,13 +285,60 @@ def plan_validation(
         training: See `training_digest`; sites only.
     """
     cohort = cohort_of(federation, str(key), match.keys, sites)
-    lanes = (Lane(COUNTS, cohort.sites, "U64", 3 * num_classes), Lane(LOSS, cohort.sites, "U64", 1))
+    counted = (
+        Lane(group.name, group.holders, "U64", 3 * len(group.classes))
+        for group in count_groups(match, cohort.sites, num_classes, least=least)
+    )
+    lanes = (*counted, Lane(LOSS, cohort.sites, "U64", 1))
     starts = (
         (group.holders, _digest_of(known, validated))
         for group in groups_of(match.shared, cohort.sites, least=2)
         if (known := [name for name in group.tensors if name in validated])
     )
     return SecureSum(cohort, lanes, least, dict(weights), ((cohort.sites, training), *starts))
+
+
+@dataclass(frozen=True)
+class CountGroup:
+    """Classes that exactly the same sites annotate."""
+
+    name: str
+    """Of its lane."""
+    holders: tuple[str, ...]
+    classes: tuple[int, ...]
+    """Their places among the foreground classes."""
+
+
+def count_groups(match: Match, cohort: Iterable[str], num_classes: int, *, least: int) -> tuple[CountGroup, ...]:
+    """Group the classes of a validation by the sites of a cohort that annotate them.
+
+    Args:
+        least: Classes that fewer sites annotate are left out: their counts would be those of too few.
+    """
+    present = tuple(sorted(cohort))
+    if not match.annotated:
+        return (CountGroup(COUNTS, present, tuple(range(num_classes))),)
+    classes: dict[tuple[str, ...], list[int]] = {}
+    for place in range(num_classes):
+        holders = tuple(site for site in present if place + 1 in match.annotated.get(site, ()))
+        if len(holders) >= least:
+            classes.setdefault(holders, []).append(place)
+    return tuple(
+        CountGroup(f"{COUNTS}-{digest_of(*(site.encode() for site in holders)).hex()[:16]}", holders, tuple(places))
+        for holders, places in sorted(classes.items())
+    )
+
+
+def check_count_groups(annotated: Mapping[str, Iterable[int]]) -> None:
+    """Raise RefusedError if more sets of sites annotate classes than can be counted apart."""
+    everything = {label for labels in annotated.values() for label in labels}
+    found = len({frozenset(site for site, labels in annotated.items() if label in labels) for label in everything})
+    if found > MAX_GROUPS:
+        raise RefusedError(
+            f"{found} different sets of sites annotate classes; masked counts are summed for {MAX_GROUPS} at most",
+            "Found a federation of sites that annotate more of the same classes.",
+            code="too_many_groups",
+        )
 
 
 def training_digest(settings: FederationSettings) -> bytes:

@@ -59,6 +59,7 @@ class FederationSettings(WithPrecision):
         "finetune_epochs",
         "initial_weights",
         "networks",
+        "labels",
     )
 
     federation: Text
@@ -90,6 +91,8 @@ class FederationSettings(WithPrecision):
     """SHA-256 of the checkpoint from which all sites start. None: from random weights, or those that sites give."""
     networks: Networks = "equal"
     """Whether all sites plan the same network, or each its own from the pooled fingerprint."""
+    labels: Literal["equal", "union"] = "equal"
+    """All sites annotate the same classes, or each some of those that all have together."""
 
     @property
     def num_rounds(self) -> int | None:
@@ -108,6 +111,8 @@ def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
         lines.append(f"Sites keep their own tensors of {settings.keep_local}, whose average is for the common model")
     if settings.finetune_epochs:
         lines.append(f"After the last round, each site trains on alone for {settings.finetune_epochs} epochs")
+    if settings.labels == "union":
+        lines.append("Sites may annotate different classes; the network tells those of all sites apart")
     if settings.initial_weights is not None:
         lines.append(f"All sites start from weights of the operator, SHA-256 {settings.initial_weights[:12]}...")
     return tuple(lines)

@@ -250,12 +250,16 @@ class PooledCensus(WithAdditions, Message):
     The number of sampled voxels per case follows from it.
     """
 
-    ADDED = ("keys",)
+    ADDED = ("keys", "labels", "annotators")
 
     kind: Literal["pooled_census"] = "pooled_census"
     num_cases: Annotated[int, Field(ge=1, le=MAX_CASES * MAX_SITES)]
     keys: Annotated[dict[SiteName, SignedKey], Field(max_length=MAX_SITES)] = {}
     """Of all sites, where their statistics are masked."""
+    labels: Labels | None = None
+    """The classes of all sites together and their common numbers, where sites may annotate different ones."""
+    annotators: Annotated[dict[Text, Count], Field(max_length=MAX_LABELS), _at_most(MAX_LABELS)] = {}
+    """Class -> how many sites annotate it, of these."""
 
 
 class ChannelMoments(Part):
@@ -338,21 +342,37 @@ class PlansAgreement(Message):
 
 
 # ---------------------------------------------------------------------------------------------------- training
-class TensorEntry(Part):
+class TensorEntry(WithAdditions):
     """One tensor of a site's network, by its own name there."""
+
+    ADDED = ("only_received",)
 
     name: LocalName
     dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
     shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=8)]
+    only_received: Literal[True] | None = None
+    """Set where the site cannot train it, and receives what others do: a class that it does not annotate."""
 
 
-class TrainingData(Part):
+class TrainingData(WithAdditions):
     """The parts of dataset.json that must agree, or that are needed to use the model."""
+
+    ADDED = ("annotated_labels",)
 
     channel_names: ChannelNames
     labels: Labels
     regions_class_order: LabelList | None = None
     file_ending: Annotated[str, Field(max_length=32)]
+    annotated_labels: (
+        Annotated[tuple[Text, ...], Field(max_length=MAX_LABELS), AfterValidator(_check_unique)] | None
+    ) = None
+    """Those of the labels that this site annotates, where sites may annotate different ones."""
+
+    @property
+    def annotated_values(self) -> tuple[int, ...]:
+        """Return the foreground labels among them, ascending."""
+        values = {self.labels[name] for name in self.annotated_labels or () if name not in ("background", "ignore")}
+        return tuple(sorted(value for value in values if isinstance(value, int)))
 
 
 class PrivacyDeclaration(Part):
@@ -441,7 +461,7 @@ class Match(WithPrecision, Message):
     Decided once, when all have registered.
     """
 
-    ADDED = ("precision", "exchange_every", "keys", "kept_local")
+    ADDED = ("precision", "exchange_every", "keys", "kept_local", "received", "annotated")
 
     kind: Literal["match"] = "match"
     rule: Literal["name", "resolution"]
@@ -461,6 +481,10 @@ class Match(WithPrecision, Message):
     """Of the sites, where their updates are masked."""
     kept_local: Annotated[tuple[TensorName, ...], Field(max_length=MAX_TENSORS)] = ()
     """Tensors that several sites have, and too few for a sum that hides each of them."""
+    received: Annotated[dict[TensorName, dict[SiteName, LocalName]], Field(max_length=MAX_TENSORS)] = {}
+    """Canonical name -> site -> its own name, of sites that receive a shared tensor and do not train it."""
+    annotated: Annotated[dict[SiteName, tuple[Label, ...]], Field(max_length=MAX_SITES)] = {}
+    """Site -> the foreground labels that it annotates, where sites may annotate different ones."""
 
     @model_validator(mode="after")
     def _owners_share(self) -> Match:
@@ -468,7 +492,19 @@ class Match(WithPrecision, Message):
             raise ValueError("initial_owner must name one owner for every shared tensor")
         if any(owner not in self.shared[name] for name, owner in self.initial_owner.items()):
             raise ValueError("an owner must be among the sites that have the tensor")
+        if any(self.received[name].keys() & self.shared.get(name, {}).keys() for name in self.received):
+            raise ValueError("a site either trains a tensor or receives it only")
+        if not self.received.keys() <= self.shared.keys():
+            raise ValueError("what sites receive must be shared by others")
         return self
+
+    def names_at(self, site: str) -> dict[str, str]:
+        """Return canonical name -> own name of the tensors that a site sends."""
+        return {name: sites[site] for name, sites in self.shared.items() if site in sites}
+
+    def received_by(self, site: str) -> dict[str, str]:
+        """Return the same of all tensors that it gets, those that it sends included."""
+        return self.names_at(site) | {name: sites[site] for name, sites in self.received.items() if site in sites}
 
 
 class EarlierMetrics(Part):

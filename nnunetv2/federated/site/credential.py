@@ -13,7 +13,7 @@ import os
 import secrets
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from nnunetv2.federated.errors import FederationError, NotJoinedError
 from nnunetv2.federated.protocol.certificates import only_certificate
@@ -53,6 +53,8 @@ class SiteCredential:
     """From how many sites on this federation sums behind masks, as it was when this site joined; None: in clear."""
     networks: Networks | None = None
     """Whether sites have networks of their own in this federation, where they have."""
+    labels: Literal["union"] | None = None
+    """Set where the sites of this federation may annotate different classes."""
 
     def __repr__(self) -> str:
         return f"SiteCredential(url={self.url!r}, federation={self.federation!r}, site={self.site!r}, token=...)"

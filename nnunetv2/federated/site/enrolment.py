@@ -92,6 +92,8 @@ def join(
         credential = dataclasses.replace(credential, precision=answer.settings.precision)
     if answer.settings.networks != "equal":
         credential = dataclasses.replace(credential, networks=answer.settings.networks)
+    if answer.settings.labels == "union":
+        credential = dataclasses.replace(credential, labels="union")
     if answer.role == "site":  # others only look on
         _check_protection(invitation, answer.settings)
     if answer.settings.secure is not None:

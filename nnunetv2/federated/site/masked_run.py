@@ -21,7 +21,6 @@ from nnunetv2.federated.errors import FederationError, RefusedError, WireError
 from nnunetv2.federated.exchanges.masked_codecs import MaskedCodec, masked_codec_of
 from nnunetv2.federated.exchanges.secure_sums import (
     CHANGES,
-    COUNTS,
     EARLIER,
     FIGURES,
     LOSS,
@@ -29,6 +28,7 @@ from nnunetv2.federated.exchanges.secure_sums import (
     VALIDATED,
     RoundPlan,
     SecureSum,
+    count_groups,
     num_classes_of,
     plan_round,
     plan_validation,
@@ -160,7 +160,7 @@ class MaskedRun:
             RefusedError: A key is not that of its site; see `roster.trusted_keys`.
             MatchingError: A tensor goes by another one's name, so that its site would learn nothing, or next to it.
         """
-        names = {name: sites[self.site] for name, sites in match.shared.items() if self.site in sites}
+        names = match.names_at(self.site)
         check_names(names, registration.tensors, rule=match.rule)
         self.match = match
         self._registered = frozenset(registered)
@@ -350,6 +350,7 @@ class MaskedRun:
         number = aggregate.round
         assert number is not None
         key = keys.ValidationKey(self.run, number)
+        num_classes = num_classes_of(self._registration.dataset_json.labels)
         validated = next((values for message, values in self._aggregates if message.round == number), None)
         if validated is None:
             return f"the aggregate of round {number} is not the last one that this site has downloaded"
@@ -360,15 +361,20 @@ class MaskedRun:
                 federation=self._credential.federation,
                 match=self.match,
                 sites=aggregate.contributors,
-                num_classes=num_classes_of(self._registration.dataset_json.labels),
+                num_classes=num_classes,
                 least=self._least,
                 weights={self.site: self._weight},
                 validated=validated,
             )
-            counts = [round(voxels) for voxels in (*found.tp, *found.fp, *found.fn)]
-            if len(counts) != plan.lane(COUNTS).size:
-                return f"{len(found.tp)} classes were counted, and the dataset has {plan.lane(COUNTS).size // 3}"
-            numbers: dict[str, Fill] = {COUNTS: _fill_with(counts)}
+            if len(found.tp) != num_classes:
+                return f"{len(found.tp)} classes were counted, and the dataset has {num_classes}"
+            numbers: dict[str, Fill] = {
+                group.name: _fill_with(
+                    [round(one[place]) for one in (found.tp, found.fp, found.fn) for place in group.classes]
+                )
+                for group in count_groups(self.match, aggregate.contributors, num_classes, least=self._least)
+                if self.site in group.holders
+            }
             loss = self._figures([found.loss])
             if loss is not None:
                 numbers[LOSS] = _fill_with(loss)

@@ -171,7 +171,7 @@ class Participant:
     @property
     def local_names(self) -> dict[str, str]:
         """Canonical name -> this site's own name, of every tensor that it shares."""
-        return {name: sites[self.site] for name, sites in self._match().shared.items() if self.site in sites}
+        return self._match().names_at(self.site)
 
     def _match(self) -> messages.Match:
         if self.match is None:
@@ -344,7 +344,7 @@ class Participant:
             WireError: A tensor is missing, so that the site would train on half a network, or not expected; one has
                 another shape or dtype than it is to have, or holds NaN or infinity.
         """
-        names = self.local_names
+        names = self._match().received_by(self.site)
         missing, unexpected = names.keys() - document.specs.keys(), document.specs.keys() - names.keys()
         if missing:
             raise WireError(f"the coordinator's aggregate lacks tensor {min(missing)} ({len(missing)} in all)")
@@ -418,7 +418,7 @@ def check_match(match: messages.Match, site: str, tensors: Mapping[str, messages
     Args:
         tensors: Its own name -> what it has registered.
     """
-    shared = [sites[site] for sites in match.shared.values() if site in sites]
+    shared = [*match.received_by(site).values()]
     unknown = sorted(name for name in shared if name not in tensors or tensors[name].dtype not in SHAREABLE)
     if unknown:
         raise WireError(

@@ -146,7 +146,7 @@ def training_documents(
     specs = {
         entry.name: TensorSpec(entry.dtype, entry.shape)
         for entry in registration.tensors
-        if entry.dtype in matching.SHAREABLE
+        if entry.dtype in matching.SHAREABLE and not entry.only_received
     }
 
     def values(names: Sequence[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.errors import InvalidInputError
+from nnunetv2.plans.partial_labels import as_in_raw_data
 from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
 from nnunetv2.utilities.json_files import read_json
 
@@ -192,7 +193,7 @@ def _read_planned_dataset_json(preprocessed_folder: Path, raw_folder: Path) -> d
     planned_file = preprocessed_folder / "dataset.json"
     _require(planned_file.is_file(), f"there is no {planned_file}; run nnUNetv2_plan_experiment first")
     planned, raw_file = read_if_path(planned_file), raw_folder / "dataset.json"
-    if raw_file.is_file() and read_if_path(raw_file) != planned:
+    if raw_file.is_file() and read_if_path(raw_file) != as_in_raw_data(planned):
         logger.warning(
             "%s was changed after planning; preprocessing uses the older copy %s. Plan again to use the change",
             raw_file,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from nnunetv2.errors import InvalidInputError
+from nnunetv2.plans.partial_labels import common_numbers, renumber
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.finished_cases import FinishedCases
 from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
@@ -136,8 +137,10 @@ class DefaultPreprocessor:
         Args:
             image_files: One per channel, in the order of the channels.
             seg_file: Labels, or None.
-            dataset_json: The content of dataset.json, or its path.
+            dataset_json: The content of dataset.json, or its path. If it says that label files have other values than
+                the labels (see `plans/partial_labels.py`), they are mapped.
         """
+        dataset_json = read_if_path(dataset_json)
         reader = plans_manager.image_reader_writer_class()
         data, properties = reader.read_images(image_files)
         seg = None if seg_file is None else reader.read_seg(seg_file)[0]
@@ -147,6 +150,11 @@ class DefaultPreprocessor:
                 f"{data.shape[1:]}; run nnUNetv2_plan_and_preprocess with "
                 "--verify_dataset_integrity to find all such cases"
             )
+        if seg is not None:
+            try:
+                seg = renumber(seg, common_numbers(dataset_json))
+            except InvalidInputError as error:
+                raise InvalidInputError(f"{seg_file}: {error}") from error
         if self.verbose:
             logger.info("read %s", seg_file or image_files[0])
         # Popped, so that run_case_npy holds the only reference and can let go of the voxels once they are cropped.
@@ -154,7 +162,7 @@ class DefaultPreprocessor:
         del seg, data
         try:
             result = self.run_case_npy(
-                arrays.pop(), arrays.pop(), properties, plans_manager, configuration_manager, read_if_path(dataset_json)
+                arrays.pop(), arrays.pop(), properties, plans_manager, configuration_manager, dataset_json
             )
         except InvalidInputError as error:
             raise InvalidInputError(f"{image_files[0]}: {error}") from error
@@ -260,6 +268,11 @@ class DefaultPreprocessor:
             CaseFailedError: A case failed, or its worker died; the message names the case.
         """
         run = find_run(dataset_name_or_id, configuration_name, plans_identifier)
+        if common_numbers(run.dataset_json) and type(self).run_case is not DefaultPreprocessor.run_case:
+            raise InvalidInputError(
+                f"{type(self).__name__} reads cases itself, and this site's label files have other values than the "
+                "labels of all sites: number them alike in the raw data, or plan with another preprocessor"
+            )
         if self.verbose:
             logger.info("preprocessing configuration %s: %s", configuration_name, run.configuration_manager)
         with FinishedCases(run.output_folder, digest_ingredients(run, self)) as finished:

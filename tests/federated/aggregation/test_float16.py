@@ -329,7 +329,7 @@ def test_a_rest_waits_until_an_update_counts(tmp_path):
             return type("Document", (), {"message": aggregate, "specs": tensors, "read": tensors.get})()
 
     session = Participant(transport := Transport(), site="a", run=RUN)
-    session.match = type("Match", (), {"shared": {"w": {"a": "w", "b": "w"}}})()
+    session.match = messages.Match.model_construct(shared={"w": {"a": "w", "b": "w"}}, received={})
     session._codec = Float16WithErrorFeedback()
     for contributors in ({"b": 1.0}, {"a": 1.0}, {"a": 1.0}):
         transport.contributors = contributors
@@ -339,7 +339,7 @@ def test_a_rest_waits_until_an_update_counts(tmp_path):
 
 def test_weights_that_cannot_travel_are_not_even_sent_in_the_beginning():
     session = Participant(None, site="a", run=RUN)
-    session.match = type("Match", (), {"shared": {"w": {"a": "v"}}, "initial_owner": {"w": "a"}})()
+    session.match = messages.Match.model_construct(shared={"w": {"a": "v"}}, received={}, initial_owner={"w": "a"})
     session._codec = Float16WithErrorFeedback()
     with pytest.raises(PrecisionError, match="tensor w: a value of size 70000 "):
         session._begin({"v": np.float32([70000])}, is_registered=True)

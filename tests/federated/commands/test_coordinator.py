@@ -73,17 +73,23 @@ def test_the_first_start_fixes_the_settings(tmp_path):
     assert open_folder(tmp_path / "f", "--epochs", "20", "--sites", "north", "south") == settings
 
 
-METHODS = ("--proximal", "0.01", "--keep-local", "norm", "--finetune-epochs", "3")
+METHODS = ("--proximal", "0.01", "--keep-local", "norm", "--finetune-epochs", "3", "--labels", "union")
 
 
 def test_what_sites_do_beside_averaging_is_fixed_by_the_first_start(tmp_path):
     settings = open_folder(tmp_path / "f", "--sites", "A", "B", *METHODS)
     assert (settings.proximal, settings.keep_local, settings.finetune_epochs) == (0.01, "norm", 3)
+    assert settings.labels == "union"
+    with pytest.raises(FederationError, match="with --labels union, not equal"):
+        open_folder(tmp_path / "f", "--labels", "equal")
     assert open_folder(tmp_path / "f", *METHODS) == settings == open_folder(tmp_path / "f")
     with pytest.raises(FederationError, match="with --proximal 0.01, not 0.5"):
         open_folder(tmp_path / "f", "--proximal", "0.5")
     plain = open_folder(tmp_path / "plain", "--sites", "A", "B")
-    assert not {"proximal", "keep_local", "finetune_epochs", "initial_weights"} & plain.model_dump(mode="json").keys()
+    assert (
+        not {"proximal", "keep_local", "finetune_epochs", "initial_weights", "labels"}
+        & plain.model_dump(mode="json").keys()
+    )
 
 
 def test_networks_of_their_own_are_matched_by_resolution_unless_the_operator_wants_it_otherwise(tmp_path):

@@ -6,9 +6,18 @@ from fake_federation import make_settings
 
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.masked_codecs import MaskedChanges, MaskedWeights
-from nnunetv2.federated.exchanges.secure_sums import check_groups, check_secure_settings, groups_of, num_classes_of
+from nnunetv2.federated.exchanges.secure_sums import (
+    COUNTS,
+    check_count_groups,
+    check_groups,
+    check_secure_settings,
+    count_groups,
+    groups_of,
+    num_classes_of,
+)
 from nnunetv2.federated.privacy.secure_aggregation.fixed_point import DivergedError
 from nnunetv2.federated.protocol.api import Secure
+from nnunetv2.federated.protocol.messages import Match
 
 SHARED = {
     "a": dict.fromkeys("ABCD", "a"),
@@ -55,6 +64,28 @@ def test_more_sets_of_sites_than_can_be_summed_are_refused():
 )
 def test_classes_are_counted_as_training_does(labels, expected):
     assert num_classes_of(labels) == expected
+
+
+def test_counts_of_classes_are_summed_over_their_annotators_and_never_over_too_few():
+    annotated = {"A": (1, 3), "B": (1, 2), "C": (1, 2, 3), "D": (2, 3)}
+    match = Match.model_construct(annotated=annotated)
+    found = {group.holders: group.classes for group in count_groups(match, "DCBA", 3, least=3)}
+    assert found == {("A", "B", "C"): (0,), ("B", "C", "D"): (1,), ("A", "C", "D"): (2,)}
+    assert (
+        count_groups(match, "ABC", 3, least=3)[0].classes == (0,) and len(count_groups(match, "ABC", 3, least=3)) == 1
+    )
+
+
+def test_where_all_annotate_the_same_there_is_one_sum_of_counts():
+    (group,) = count_groups(Match.model_construct(annotated={}), "BA", 2, least=2)
+    assert (group.name, group.holders, group.classes) == (COUNTS, ("A", "B"), (0, 1))
+
+
+def test_more_sets_of_annotators_than_can_be_summed_are_refused():
+    annotated = {f"s{label}": (label,) for label in range(1, 66)}
+    with pytest.raises(RefusedError, match="65 different sets of sites annotate classes"):
+        check_count_groups(annotated)
+    check_count_groups({"A": tuple(range(1000)), "B": tuple(range(1000))})
 
 
 # ----------------------------------------------------------------------------------------------------------- codecs

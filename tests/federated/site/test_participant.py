@@ -53,7 +53,7 @@ def document(message=messages.Aggregate(round=None, contributors={}), **tensors)
 def make_session(state, results, site="a") -> Participant:
     session = Participant(FakeTransport(state, results), site=site, run="run")
     owners = {"w": "a", "v": "b", "x": "b"}
-    session.match = SimpleNamespace(shared=SHARED, initial_owner=owners, coverage={})
+    session.match = messages.Match.model_construct(shared=SHARED, initial_owner=owners, coverage={}, received={})
     return session
 
 

@@ -17,6 +17,7 @@ from nnunetv2.federated.privacy.disclosure import allow_list_of
 from nnunetv2.federated.privacy.ledger import LEDGER_FILE, Budget, BudgetError, read_ledger, set_budget
 from nnunetv2.federated.protocol import keys
 from nnunetv2.federated.site.transports.http import HttpTransport
+from nnunetv2.plans.partial_labels import with_union
 from nnunetv2.training.differential_privacy.options import PrivacyOptions
 from nnunetv2.training.nnUNetTrainer.variants.privacy.nnUNetTrainerDPAsymFedAvg import nnUNetTrainerDPAsymFedAvg
 
@@ -26,7 +27,7 @@ CASES = 24
 RUN = keys.run_name("3d_fullres", 0, "nnUNetTrainerDPAsymFedAvg")
 
 
-def make_trainer(federation, folder: Path, site: str, monkeypatch, *, epsilon=50.0):
+def make_trainer(federation, folder: Path, site: str, monkeypatch, *, epsilon=50.0, dataset_json=None):
     for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setenv(root, str(folder / site / root))
     preprocessed = folder / site / "nnUNet_preprocessed"
@@ -37,7 +38,9 @@ def make_trainer(federation, folder: Path, site: str, monkeypatch, *, epsilon=50
         if epsilon is not None:
             set_budget(preprocessed / NAME / LEDGER_FILE, Budget(epsilon=epsilon, delta=1e-3), by="A. Weiss")
     plans = {**make_plans(), "continue_training": False}
-    trainer = nnUNetTrainerDPAsymFedAvg(plans, "3d_fullres", 0, make_dataset_json(), torch.device("cpu"))
+    trainer = nnUNetTrainerDPAsymFedAvg(
+        plans, "3d_fullres", 0, dataset_json or make_dataset_json(), torch.device("cpu")
+    )
     trainer.credential = federation.credential(site)
     trainer.privacy_options = PrivacyOptions(sigma=30.0)
     trainer.make_transport = lambda credential, report: HttpTransport(
@@ -97,3 +100,20 @@ def test_a_site_without_a_budget_trains_nothing_and_says_so(tmp_path, monkeypatc
         with pytest.raises(BudgetError, match="has no privacy budget yet"):
             trainer.run_training()
         assert not federation.state.registry.has_run(RUN)
+
+
+def test_sites_with_differential_privacy_may_annotate_different_classes(tmp_path, monkeypatch, quiet_machine):
+    settings = make_settings(
+        num_epochs=1, num_iterations_per_epoch=2, num_val_iterations_per_epoch=1, sites=("A", "B", "C"), labels="union"
+    )
+    union = {"background": 0, "blob": 1, "core": 2}
+    with served(tmp_path / "federation", settings) as federation:
+        trainers = []
+        for site, classes in (("A", ["blob"]), ("B", ["blob", "core"]), ("C", ["blob", "core"])):
+            raw = make_dataset_json(labels={name: union[name] for name in ("background", *classes)})
+            described = with_union(raw, union)
+            trainers.append(make_trainer(federation, tmp_path, site, monkeypatch, dataset_json=described))
+        assert in_threads(*(trainer.run_training for trainer in trainers)) == [None] * 3
+        final = [torch.load(Path(t.output_folder, "checkpoint_final.pth"), weights_only=False) for t in trainers]
+        for name, values in final[0]["network_weights"].items():
+            assert all(torch.equal(values, other["network_weights"][name]) for other in final[1:])

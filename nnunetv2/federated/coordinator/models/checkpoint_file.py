@@ -20,6 +20,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -70,7 +71,7 @@ def model_checkpoint(
 def write_checkpoint(
     path: Path,
     document: Document[Aggregate],
-    names: Mapping[str, str],
+    names: Mapping[str, str | tuple[str, ...]],
     content: Mapping[str, Any],
     *,
     counters: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
@@ -80,8 +81,9 @@ def write_checkpoint(
     Args:
         path: Where the checkpoint appears once it is complete.
         document: Holds the tensors.
-        names: Parameter of the network -> tensor in the document. Parameters of the same tensor share its storage,
-            as aliases do in a network. Prefixes of wrappers are removed.
+        names: Parameter of the network -> tensor in the document, or tensors that lie one behind the other along the
+            first axis. Parameters of the same tensor share its storage, as aliases do in a network. Prefixes of
+            wrappers are removed.
         content: The other entries: None, numbers, texts, and lists, tuples and dicts of these.
         counters: Parameters that only count steps, and are written as int64 zeros -> their shapes.
 
@@ -90,10 +92,11 @@ def write_checkpoint(
         TypeError: The content holds something that is not plain.
     """
     _check_plain(content, "checkpoint")
-    numbers = {tensor: str(number) for number, tensor in enumerate(dict.fromkeys(names.values()))}
+    held_by = {parameter: (one,) if isinstance(one, str) else one for parameter, one in names.items()}
+    numbers = {tensors: str(number) for number, tensors in enumerate(dict.fromkeys(held_by.values()))}
+    specs = {tensors: _joined([document.spec(tensor) for tensor in tensors]) for tensors in numbers}
     weights = OrderedDict(
-        (normalise_name(parameter), _Tensor(numbers[tensor], document.spec(tensor)))
-        for parameter, tensor in names.items()
+        (normalise_name(parameter), _Tensor(numbers[tensors], specs[tensors])) for parameter, tensors in held_by.items()
     )
     for parameter, shape in counters.items():
         weights[normalise_name(parameter)] = _Tensor(f"counter{len(weights)}", TensorSpec("I64", shape))
@@ -102,11 +105,18 @@ def write_checkpoint(
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, "archive/data.pkl", [pickled.getvalue()])
         _add(archive, "archive/byteorder", [b"little"])
-        for tensor, number in numbers.items():
-            _add(archive, f"archive/data/{number}", document.pieces(tensor), size=document.spec(tensor).nbytes)
+        for tensors, number in numbers.items():
+            pieces = chain.from_iterable(document.pieces(tensor) for tensor in tensors)
+            _add(archive, f"archive/data/{number}", pieces, size=specs[tensors].nbytes)
         for counter in list(weights.values())[len(names) :]:
             _add(archive, f"archive/data/{counter.number}", [bytes(counter.spec.nbytes)], size=counter.spec.nbytes)
         _add(archive, "archive/version", [b"3\n"])
+
+
+def _joined(specs: Sequence[TensorSpec]) -> TensorSpec:
+    """Return the tensor that several make, one behind the other along the first axis."""
+    first = specs[0]
+    return first if len(specs) == 1 else TensorSpec(first.dtype, (sum(one.shape[0] for one in specs), *first.shape[1:]))
 
 
 def parameter_names(tensors: Iterable[str], aliases: Mapping[str, str], canonical: Mapping[str, str]) -> dict[str, str]:

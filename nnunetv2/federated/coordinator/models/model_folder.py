@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nnunetv2.federated.aggregation.head_rows import join_names
 from nnunetv2.federated.coordinator.models.checkpoint_file import model_checkpoint, parameter_names, write_checkpoint
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.consistency import PLANS_OF_A_SITE, comparable_plans
@@ -104,11 +105,13 @@ def keep_models_of_networks(run: str, folder: Path, *, final: int, best: int | N
     return f"model written to {', '.join(map(str, models))} and {_write_zip(together, packed, first)}"
 
 
-def names_of_site(site: str, registration: Registration, match: Match) -> dict[str, str]:
-    """Return the shared parameters of a site's network: each of their names -> canonical name."""
-    canonical = {sites[site]: name for name, sites in match.shared.items() if site in sites}
-    return parameter_names(
-        [entry.name for entry in registration.tensors if entry.name in canonical], registration.aliases, canonical
+def names_of_site(site: str, registration: Registration, match: Match) -> dict[str, str | tuple[str, ...]]:
+    """Return the shared parameters of a site's network: each of their names -> canonical name, or those of its rows."""
+    canonical = {local: name for name, local in match.received_by(site).items()}
+    return join_names(
+        parameter_names(
+            [entry.name for entry in registration.tensors if entry.name in canonical], registration.aliases, canonical
+        )
     )
 
 
@@ -116,7 +119,7 @@ def _write_model(
     run: str,
     folder: Path,
     registrations: Mapping[str, Registration],
-    names: Mapping[str, str],
+    names: Mapping[str, str | tuple[str, ...]],
     *,
     final: int,
     best: int | None,
@@ -172,7 +175,7 @@ def _write_checkpoint(
     run: str,
     number: int,
     registrations: Mapping[str, Registration],
-    names: Mapping[str, str],
+    names: Mapping[str, str | tuple[str, ...]],
     archive: DocumentReader,
     *,
     trainer: str,
@@ -216,7 +219,9 @@ def _write_zip(path: Path, models: Sequence[Path], registration: Registration) -
 
 def describe_dataset(registrations: Mapping[str, Registration]) -> dict[str, Any]:
     """Return the dataset.json with which nnU-Net uses the model."""
-    described = next(iter(registrations.values())).dataset_json.model_dump(mode="json", exclude_none=True)
+    described = next(iter(registrations.values())).dataset_json.model_dump(
+        mode="json", exclude_none=True, exclude={"annotated_labels"}
+    )
     file_ending = of_most_sites(message.dataset_json.file_ending for message in registrations.values())
     return {
         **described,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.consistency import first_difference
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Policy
+from nnunetv2.federated.exchanges.label_union import LabelUnion, unite_labels
 from nnunetv2.federated.exchanges.steps.base import Step, comparable, messages_of
 from nnunetv2.federated.privacy.identities import check_run_keys
 from nnunetv2.federated.privacy.secure_aggregation.protocol import check_size
@@ -16,6 +17,10 @@ from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document
 from nnunetv2.federated.protocol.keys import CensusKey, LateCensusKey
 from nnunetv2.federated.protocol.messages import Census, PooledCensus, TrainingData
+
+WITH_UNION = (
+    "Sites that annotate different classes can train together where the coordinator was founded with --labels union."
+)
 
 
 class CensusStep(Step[CensusKey, Census, PooledCensus]):
@@ -53,7 +58,7 @@ class CensusStep(Step[CensusKey, Census, PooledCensus]):
     ) -> PooledCensus:
         """Add up the cases, and hand out the sites' keys where they mask."""
         contributed = messages_of(documents)
-        pooled = pool_census(contributed)
+        pooled = pool_census(contributed, settings)
         if settings.secure is None:
             return pooled
         check_size(len(contributed))
@@ -62,10 +67,21 @@ class CensusStep(Step[CensusKey, Census, PooledCensus]):
         return pooled.model_copy(update={"keys": signed})
 
 
-def pool_census(contributed: Mapping[str, Census]) -> PooledCensus:
-    """Add up the cases, if channels and labels agree."""
-    check_same_dataset(contributed)
-    return PooledCensus(num_cases=sum(census.num_cases for census in contributed.values()))
+def pool_census(contributed: Mapping[str, Census], settings: FederationSettings) -> PooledCensus:
+    """Add up the cases, if channels and labels agree; number classes where these may differ."""
+    num_cases = sum(census.num_cases for census in contributed.values())
+    if settings.labels == "equal":
+        check_same_dataset(contributed)
+        return PooledCensus(num_cases=num_cases)
+    check_same_dataset(contributed, fields=("channel_names",))
+    union = unite_labels({site: census.labels for site, census in contributed.items()})
+    return PooledCensus(num_cases=num_cases, labels={**union.labels}, annotators=union.annotators)
+
+
+def union_of(pooled: PooledCensus) -> LabelUnion:
+    """Return the classes of all sites, of a census that has numbered them."""
+    labels = {name: value for name, value in (pooled.labels or {}).items() if isinstance(value, int)}
+    return LabelUnion(labels, dict(pooled.annotators))
 
 
 def check_can_be_masked(site: str, census: Census) -> None:
@@ -85,9 +101,12 @@ def check_can_be_masked(site: str, census: Census) -> None:
         )
 
 
-def check_same_dataset(described: Mapping[str, Census | TrainingData]) -> None:
+def check_same_dataset(
+    described: Mapping[str, Census | TrainingData],
+    fields: Sequence[str] = ("channel_names", "labels", "regions_class_order"),
+) -> None:
     """Raise RefusedError, naming the difference, unless all sites have the same channels and labels."""
-    for field in ("channel_names", "labels", "regions_class_order"):
+    for field in fields:
         values = {site: message.model_dump(mode="json")[field] for site, message in described.items()}
         difference = first_difference(values, field)
         if difference is None and field == "labels" and any(m.regions_class_order for m in described.values()):
@@ -96,9 +115,19 @@ def check_same_dataset(described: Mapping[str, Census | TrainingData]) -> None:
         if difference:
             raise RefusedError(
                 f"the sites' datasets do not go together: {difference}",
-                "Make dataset.json (and the segmentations) agree, then run the command again.",
+                "Make dataset.json (and the segmentations) agree, then run the command again."
+                + ("" if field == "channel_names" else f" {WITH_UNION}"),
                 code="datasets_differ",
             )
+
+
+def settled_labels(site: str, reader: DocumentReader) -> Mapping[str, Any] | None:
+    """Return the common numbers of classes with which a site has planned, or None."""
+    for key in (CensusKey(), LateCensusKey(site)):
+        if reader.has_contributed(key, site) and reader.is_closed(key):
+            with reader.result(key) as document:
+                return document.message.labels
+    return None
 
 
 def planned_cases(site: str, reader: DocumentReader) -> int | None:

@@ -15,9 +15,10 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Policy
-from nnunetv2.federated.exchanges.secure_sums import check_groups
+from nnunetv2.federated.exchanges.label_union import check_within
+from nnunetv2.federated.exchanges.secure_sums import check_count_groups, check_groups
 from nnunetv2.federated.exchanges.steps.base import State, Step, messages_of
-from nnunetv2.federated.exchanges.steps.census import check_same_dataset, pool_census
+from nnunetv2.federated.exchanges.steps.census import check_same_dataset, pool_census, union_of
 from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
 from nnunetv2.federated.exchanges.steps.registration import MembershipStep, check_compatible, remarks_on_match
 from nnunetv2.federated.protocol.api import FederationSettings
@@ -73,8 +74,14 @@ class LateCensusStep(_StepOfOneSite[LateCensusKey, Census, PooledCensus]):
         The dataset of the site that comes late must go with theirs.
         """
         before = reader.messages_of(CensusKey())
-        check_same_dataset({**before, **messages_of(documents)})
-        return pool_census(before)
+        pooled = pool_census(before, settings)
+        described = {**before, **messages_of(documents)}
+        if pooled.labels is None:
+            check_same_dataset(described)
+        else:
+            check_same_dataset(described, fields=("channel_names",))
+            check_within(union_of(pooled), key.site, documents[key.site].message.labels)
+        return pooled
 
     def describe_closing(self, key: LateCensusKey) -> str:
         """Say that the site plans late."""
@@ -140,6 +147,7 @@ class AdmissionStep(_StepOfOneSite[AdmissionKey, Registration, Match], Membershi
         admitted = late_join.admit(key.site, registration, reader.agreement(key.run).match, registered)
         if settings.secure is not None:
             check_groups(admitted.shared)
+            check_count_groups(admitted.annotated)
         return admitted
 
     def remarks(

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from nnunetv2.federated.aggregation import pooled_validation
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Policy
-from nnunetv2.federated.exchanges.secure_sums import COUNTS, LOSS, SecureSum
+from nnunetv2.federated.exchanges.secure_sums import LOSS, SecureSum, count_groups
 from nnunetv2.federated.exchanges.steps.base import State
 from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, Opened, UploadStep
 from nnunetv2.federated.privacy.secure_aggregation.fixed_point import decode_figure
@@ -85,11 +87,17 @@ class ValidationSurvivorsStep(ConfirmationStep[ValidationSurvivorsKey]):
 
 def pool_opened(key: ValidationKey, opened: Opened, reader: DocumentReader) -> PooledValidation:
     """Return the pooled validation of a round, equal to that of counts in clear."""
-    counts = opened.small(COUNTS)
-    if counts is None or max(counts, default=0) > LARGEST_COUNT:
-        raise RefusedError(f"{key}: a site has counted more voxels than there are", code="do_not_match")
-    classes = len(counts) // 3
-    tp, fp, fn = (tuple(map(float, counts[at * classes : (at + 1) * classes])) for at in range(3))
+    match = reader.agreement(key.run).match
+    num_classes = reader.num_classes(key.run)
+    counted = np.zeros((3, num_classes))  # of classes whose counts stay sealed, nothing is known
+    for group in count_groups(match, opened.found.cohort.sites, num_classes, least=opened.found.least):
+        counts = opened.small(group.name)
+        if counts is None and match.annotated:
+            continue
+        if counts is None or max(counts, default=0) > LARGEST_COUNT:
+            raise RefusedError(f"{key}: a site has counted more voxels than there are", code="do_not_match")
+        counted[:, list(group.classes)] = np.reshape(counts, (3, -1))
+    tp, fp, fn = (tuple(one.tolist()) for one in counted)
     loss = opened.small(LOSS)
     mean_loss = None if loss is None else decode_figure(loss[0], opened.total_weight(LOSS))
     pooled = pooled_validation.pool(

@@ -8,13 +8,15 @@ from typing import Any, TypeVar
 
 from nnunetv2.federated.aggregation import matching
 from nnunetv2.federated.aggregation.given_weights import given_names
+from nnunetv2.federated.aggregation.head_rows import row_of
 from nnunetv2.federated.errors import MatchingError, RefusedError, WireError
 from nnunetv2.federated.exchanges import document_limits
 from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.exchange import Policy
-from nnunetv2.federated.exchanges.secure_sums import check_groups
+from nnunetv2.federated.exchanges.label_union import OPTION
+from nnunetv2.federated.exchanges.secure_sums import check_count_groups, check_groups
 from nnunetv2.federated.exchanges.steps.base import LARGEST_MESSAGE, Step, comparable, messages_of
-from nnunetv2.federated.exchanges.steps.census import check_same_dataset, planned_cases
+from nnunetv2.federated.exchanges.steps.census import check_same_dataset, planned_cases, settled_labels
 from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
 from nnunetv2.federated.privacy.identities import check_run_keys
 from nnunetv2.federated.privacy.secure_aggregation.protocol import check_size
@@ -22,6 +24,7 @@ from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, Limits, TensorSpec
 from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RunKey, run_name
 from nnunetv2.federated.protocol.messages import NEW_IN_REGISTRATION, SEGMENT_PATTERN, Match, Networks, Registration
+from nnunetv2.utilities.plain_text import printable
 
 PROMISED = ("unit", "epsilon", "delta", "uncovered")
 """What a site cannot declare otherwise later: others have taken part trusting in it."""
@@ -40,6 +43,7 @@ class MembershipStep(Step[K, Registration, Match]):
         """Raise WireError unless a registration belongs to this run and its data."""
         check_registration(key, site, document.message, reader)
         check_has_own_network(site, document.message, settings)
+        check_annotations(site, document.message, settings, reader)
         if not reader.has_contributed(key, site):  # what is registered once more is compared
             check_run_key(key, site, document.message, settings)
 
@@ -111,8 +115,10 @@ class RegistrationStep(MembershipStep[RegistrationKey]):
     def remarks(
         self, key: RegistrationKey, documents: Mapping[str, Document[Registration]], result: Match
     ) -> Iterator[str]:
-        """Return lines on weights of sites, and on tensors that only two have."""
-        return remarks_on_match(key, messages_of(documents), result, with_shares=True)
+        """Return lines on weights of sites, tensors of two, and classes of too few."""
+        registered = messages_of(documents)
+        yield from remarks_on_match(key, registered, result, with_shares=True)
+        yield from remarks_on_classes(key, registered, result)
 
 
 def match_registrations(contributed: Mapping[str, Registration], settings: FederationSettings) -> Match:
@@ -134,8 +140,14 @@ def match_registrations(contributed: Mapping[str, Registration], settings: Feder
         )
     except MatchingError as error:
         raise RefusedError(str(error), code="nothing_shared") from error
+    annotated = (
+        {}
+        if settings.labels == "equal"
+        else {site: message.dataset_json.annotated_values for site, message in contributed.items()}
+    )
     if settings.secure is not None:
         check_groups(matched.shared)
+        check_count_groups(annotated)
     return Match(
         rule=settings.matching,
         weighting=settings.weighting,
@@ -150,6 +162,8 @@ def match_registrations(contributed: Mapping[str, Registration], settings: Feder
         coverage=matched.coverage,
         keys={site: message.keys for site, message in contributed.items() if message.keys is not None},
         kept_local=() if settings.secure is None else _kept_local(contributed, settings),
+        received=matched.received,
+        annotated=annotated,
     )
 
 
@@ -207,6 +221,39 @@ def check_has_own_network(site: str, message: Registration, settings: Federation
             "Train with -tr nnUNetTrainerAsymFedAvg at all sites.",
             code="plans_differ",
         )
+
+
+def check_annotations(site: str, message: Registration, settings: FederationSettings, reader: DocumentReader) -> None:
+    """Raise RefusedError or WireError unless what a site annotates is as the federation wants it.
+
+    Only where sites may annotate different classes do they say so; their classes have the numbers of the census, and
+    they train the rows of those that they annotate.
+    """
+    data = message.dataset_json
+    if settings.labels == "equal" and data.annotated_labels is not None:
+        raise RefusedError(
+            f"site {site} was planned for a federation whose sites annotate different classes",
+            f"Plan and preprocess again, or found the federation with {OPTION}.",
+            code="datasets_differ",
+        )
+    for entry in message.tensors:
+        if entry.only_received and (settings.labels == "equal" or row_of(entry.name) is None):
+            raise WireError(f"site {site} does not want to send tensor {entry.name}, which it trains")
+    if settings.labels == "equal":
+        return
+    numbered = settled_labels(site, reader)
+    if data.annotated_labels is None or (numbered is not None and dict(data.labels) != numbered):
+        raise RefusedError(
+            f"site {site} does not have the classes of all sites, as {OPTION} asks for",
+            "Plan and preprocess with --federated, then train.",
+            code="datasets_differ",
+        )
+    if unknown := set(data.annotated_labels) - data.labels.keys():
+        raise WireError(f"site {site} annotates {sorted(unknown)[0][:80]!r}, which is none of its labels")
+    trained = {0, *data.annotated_values}
+    rows = [(entry, row) for entry in message.tensors if (row := row_of(entry.name)) is not None]
+    if not rows or any((row[1] in trained) == bool(entry.only_received) for entry, row in rows):
+        raise WireError(f"site {site} must train the outputs of the classes that it annotates, and no others")
 
 
 def check_compatible(registered: Mapping[str, Registration], networks: Networks = "equal") -> None:
@@ -290,6 +337,21 @@ def remarks_on_match(
             f"run {key.run}: {pairs} of {len(match.shared)} shared tensors are those of two sites only, which can "
             "compute each other's: found federations with --min-sites 3 where that must not be"
         )
+
+
+def remarks_on_classes(
+    key: RunKey[Registration, Match], registered: Mapping[str, Registration], match: Match
+) -> Iterator[str]:
+    """Say which classes too few sites annotate for an average of what belongs to them."""
+    averaged = {row[1] for sites in match.shared.values() for local in sites.values() if (row := row_of(local))}
+    labels = next(iter(registered.values())).dataset_json.labels
+    for name, value in labels.items():
+        sites = sorted(site for site, annotated in match.annotated.items() if value in annotated)
+        if sites and value not in averaged:
+            yield (
+                f"run {key.run}: only {', '.join(sites)} annotate{'s' if len(sites) == 1 else ''} {printable(name)!r}: "
+                "what the network has learned of it stays there, and there will be no common model"
+            )
 
 
 def _cases(number: int) -> str:

@@ -121,7 +121,7 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
     def weights(self, key: RoundKey, site: str, reader: DocumentReader) -> Mapping[str, TensorSpec]:
         """Return the tensors that a site shares, as they travel."""
         agreement = reader.agreement(key.run)
-        return agreement.codec.specs(agreement.specs_for(site))
+        return agreement.codec.specs(agreement.specs_from(site))
 
     def check_tensors(self, document: Document[Update], expected: Mapping[str, TensorSpec]) -> None:
         """Raise WireError unless a document has these tensors.

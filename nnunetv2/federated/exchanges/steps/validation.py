@@ -108,7 +108,11 @@ class ValidationStep(
         key = exchange.key
         assert isinstance(key, ValidationKey)
         pooled = pooled_validation.pool(
-            key.number, messages_of(documents), before=reader.last_validation(key.run), min_sites=settings.min_sites
+            key.number,
+            messages_of(documents),
+            before=reader.last_validation(key.run),
+            min_sites=settings.min_sites,
+            annotated=reader.agreement(key.run).match.annotated,
         )
         return _written(key, pooled, reader)
 

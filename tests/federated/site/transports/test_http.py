@@ -122,7 +122,8 @@ def test_a_failed_closing_reaches_every_site_as_one_readable_line(federation):
         assert isinstance(error, RefusedError)
         assert str(error) == (
             "the sites' datasets do not go together: labels.liver is 1 at A and absent at B. Make "
-            "dataset.json (and the segmentations) agree, then run the command again."
+            "dataset.json (and the segmentations) agree, then run the command again. Sites that annotate different "
+            "classes can train together where the coordinator was founded with --labels union."
         )
     assert errors[0].code == "datasets_differ"
     assert any("fingerprint/census is refused: the sites' datasets" in line for line in federation.lines)

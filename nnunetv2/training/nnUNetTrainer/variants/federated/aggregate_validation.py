@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,11 +19,16 @@ if TYPE_CHECKING:
 COUNTS = ("tp_hard", "fp_hard", "fn_hard")
 
 
-def validate_network(trainer: nnUNetTrainer) -> messages.Validation | None:
+def validate_network(
+    trainer: nnUNetTrainer, counted: Callable[[list[dict]], list[dict]] = lambda outputs: outputs
+) -> messages.Validation | None:
     """Take an epoch's validation steps; return the voxel counts of all processes.
 
     Nothing is logged and no hook but `on_validation_epoch_start` and `validation_step` is called: the curves of the
     trainer are those of its own weights. A trainer whose steps count no voxels gives None.
+
+    Args:
+        counted: Returns results of steps with the counts of voxels that are to be sent.
     """
     with torch.no_grad():
         trainer.on_validation_epoch_start()
@@ -34,7 +40,7 @@ def validate_network(trainer: nnUNetTrainer) -> messages.Validation | None:
         )
     if not outputs or not {*COUNTS, "loss"} <= outputs[0].keys():
         return None
-    collated = collate_outputs(outputs)
+    collated = collate_outputs(counted(outputs))
     counts = np.stack([np.sum(collated[name], axis=0, dtype=np.float64) for name in COUNTS])
     tp, fp, fn = np.sum(gather(counts), axis=0)
     return messages.Validation(

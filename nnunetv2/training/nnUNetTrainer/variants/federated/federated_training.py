@@ -56,6 +56,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from nnunetv2.federated.aggregation.head_rows import whole_names
 from nnunetv2.federated.errors import BrokenTrainingError, FederationError
 from nnunetv2.federated.privacy.min_cases import check_enough_cases
 from nnunetv2.federated.privacy.own_networks import plans_to_register
@@ -72,6 +73,7 @@ from nnunetv2.models.networks import bare_network
 from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
+from nnunetv2.training.loss.marginal import over_annotated_classes
 from nnunetv2.training.nnUNetTrainer.variants.federated.aggregate_validation import (
     describe_validation,
     validate_network,
@@ -83,6 +85,11 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.network_weights import (
     copy_from_first_process_,
     export_weights,
     import_weights_,
+)
+from nnunetv2.training.nnUNetTrainer.variants.federated.partial_annotation import (
+    PartialAnnotation,
+    annotation_of,
+    check_planned_for,
 )
 from nnunetv2.training.nnUNetTrainer.variants.federated.proximal import ProximalTerm
 from nnunetv2.training.nnUNetTrainer.variants.federated.rank_zero import FirstProcessError, ask_first_process, in_thread
@@ -136,6 +143,9 @@ class FederatedTraining(RenamedHooks):
     """Whether losses and Dice of epochs, and counts of validated voxels, leave the site."""
 
     leaves_checkpoint_files_alone = True
+
+    trains_partial_labels = True
+    """Whether classes that are not annotated here are not taken for background."""
 
     training_options = TrainingOptions()
 
@@ -199,6 +209,9 @@ class FederatedTraining(RenamedHooks):
     is_finetuning = False
     """Whether the rounds are over, and what is trained stays here."""
 
+    annotation: PartialAnnotation | None = None
+    """What this site annotates, where sites may annotate different classes."""
+
     local_averages: Weights = {}
     """The latest averages of these, in the first process only."""
 
@@ -255,6 +268,7 @@ class FederatedTraining(RenamedHooks):
         self.participant.settings = settings
         self.apply_settings(settings)
         super().on_train_start()
+        self._begin_with_annotated_classes()
         match, self.participant.run, outlook = ask_first_process(self._register)
         self.shared_tensors = frozenset(
             sites[self.participant.site] for sites in match.shared.values() if self.participant.site in sites
@@ -264,6 +278,13 @@ class FederatedTraining(RenamedHooks):
         if self.keep_local is not None:
             self.local_tensors = find_local_tensors(self.network, self.keep_local, self.shared_tensors)
             self.log_line(f"This site keeps its own values of {len(self.local_tensors)} shared tensors")
+        if self.annotation is not None and self.current_epoch == 0:
+            silent = self.annotation.silence_(self.network, match.received_by(self.participant.site).values())
+            if silent:
+                self.log_line(
+                    f"The classes {silent} are not annotated here, and no outputs come of sites that annotate them, "
+                    "which are too few or have other layers: the model of this site does not predict them"
+                )
         own, goes_on = self.local_weights(), self.current_epoch > 0
         # Who begins, or comes without a checkpoint, has nothing of its own to keep yet.
         position = self.receive_weights(
@@ -279,6 +300,28 @@ class FederatedTraining(RenamedHooks):
             rounds = self.rounds.count(epoch)
             self.log_line(f"Run {self.participant.run} is over after {rounds} rounds: ending with its aggregate")
             self.finish_run()
+
+    def _begin_with_annotated_classes(self) -> None:
+        """Find out what this site annotates, and let the loss do without the rest."""
+        self.annotation = annotation_of(self.network, self.dataset_json)
+        if self.annotation is None:
+            return
+        if self.annotation.hidden:
+            self.log_line(
+                f"This site annotates the classes {list(self.annotation.annotated)}; to its loss, "
+                f"{list(self.annotation.hidden)} and background are one class"
+            )
+        self.loss = over_annotated_classes(
+            self.loss, annotated=self.annotation.annotated, num_outputs=self.annotation.num_outputs, device=self.device
+        )
+
+    def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
+        """Score the classes that this site annotates."""
+        super().on_validation_epoch_end(self.without_hidden_classes(val_outputs))
+
+    def without_hidden_classes(self, val_outputs: list[dict]) -> list[dict]:
+        """Return results of validation steps without counts of classes that are not annotated here."""
+        return val_outputs if self.annotation is None else self.annotation.without_hidden(val_outputs)
 
     def _has_to_stop(self) -> bool:
         """Tell that a site does not stop alone, and answer a signal that asks for it."""
@@ -366,6 +409,7 @@ class FederatedTraining(RenamedHooks):
         self.is_masked, self.networks = settings.secure is not None, settings.networks
         check_against_settings(self.training_options, settings)
         check_finetuning(settings.model_copy(update={"num_epochs": settings.num_epochs or self.num_epochs}))
+        check_planned_for(self.dataset_json, settings.labels, settings.federation)
         for line in describe_methods(settings):
             self.log_line(line)
         self.proximal_term = None if settings.proximal is None else ProximalTerm(settings.proximal)
@@ -515,7 +559,7 @@ class FederatedTraining(RenamedHooks):
         number = aggregate.round
         assert number is not None  # the initial weights are not wanted
         with self.common_model():
-            found = validate_network(self)
+            found = validate_network(self, self.without_hidden_classes)
         if found is None:
             self.log_line("The aggregate is not validated: the validation steps of this trainer count no voxels")
             return
@@ -541,7 +585,10 @@ class FederatedTraining(RenamedHooks):
     # ---------------------------------------------------------------- weights
     def local_weights(self) -> Weights:
         """Return a copy of the network's weights, in the first process only."""
-        return export_weights(self.network) if self.local_rank == 0 else {}
+        if self.local_rank != 0:
+            return {}
+        weights = export_weights(self.network)
+        return weights if self.annotation is None else self.annotation.split(weights)
 
     def receive_weights(
         self, question: Callable[[], tuple[Weights, Rest]], *, keeps_local: Callable[[Rest], bool]
@@ -562,10 +609,9 @@ class FederatedTraining(RenamedHooks):
         self.local_averages = {name: received[name] for name in self.local_tensors & received.keys()}
         self.load_weights(self.without_local(received) if keeps_local(rest) else received)
         if self.proximal_term is not None:
+            pulled = whole_names(self.shared_tensors - self.local_tensors)
             self.proximal_term.anchor(
-                parameter
-                for name, parameter in bare_network(self.network).named_parameters()
-                if name in self.shared_tensors - self.local_tensors
+                parameter for name, parameter in bare_network(self.network).named_parameters() if name in pulled
             )
         return rest
 
@@ -588,7 +634,8 @@ class FederatedTraining(RenamedHooks):
 
     def load_weights(self, weights: Weights) -> None:
         """Load weights that the first process has into the networks of all processes."""
-        import_weights_(self.network, weights)
+        whole = weights if self.annotation is None else self.annotation.join(weights, self.network)
+        import_weights_(self.network, whole)
         copy_from_first_process_(self.network)
 
     # ---------------------------------------------------------------- reports

@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from nnunetv2.federated.aggregation.head_rows import whole_names
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.models.networks import bare_network
 
@@ -36,7 +37,7 @@ def find_local_tensors(network: nn.Module, what: str, shared: Collection[str]) -
     elif what == HEAD:
         kept = frozenset(name for name in shared if SEGMENTATION_LAYERS in f".{name}")
     else:
-        kept = frozenset(name for name in shared if _is_meant(name, what))
+        kept = frozenset(name for name in shared if any(_is_meant(one, what) for one in (name, *whole_names([name]))))
     if not kept:
         example = f", for example {min(shared)}" if shared else ""
         raise FederationError(f"--keep-local {what}: none of the tensors that this site shares is meant{example}")

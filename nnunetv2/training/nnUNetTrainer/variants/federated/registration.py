@@ -16,6 +16,7 @@ from nnunetv2.federated.privacy.plans_redaction import without_extrema
 from nnunetv2.federated.protocol import messages
 from nnunetv2.models.networks import bare_network
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.federated.partial_annotation import annotation_of
 
 
 def describe_training(
@@ -42,6 +43,9 @@ def describe_training(
         privacy: Differential privacy of the training, if it has any.
     """
     distinct, aliases = matching.distinct_tensors(bare_network(network).state_dict())
+    tensors, annotation = matching.describe_tensors(distinct), annotation_of(network, dataset_json)
+    if annotation is not None:
+        tensors, aliases = annotation.describe(tensors, aliases)
     description = {key: value for key, value in dataset_json.items() if key in messages.TrainingData.model_fields}
     description.setdefault("channel_names", dataset_json.get("modality"))  # the name in old datasets
     return messages.Registration(
@@ -53,7 +57,7 @@ def describe_training(
         dataset_json=messages.TrainingData(**description),
         mirroring_axes=None if mirroring_axes is None else tuple(mirroring_axes),
         requires_equal_plans=requires_equal_plans,
-        tensors=tuple(matching.describe_tensors(distinct)),
+        tensors=tensors,
         aliases=aliases,
         pretrained_weights=pretrained_weights,
         privacy=privacy,
@@ -110,6 +114,9 @@ def describe_match(match: messages.Match, site: str) -> list[str]:
     ]
     if match.kept_local:
         lines.append(f"  {len(match.kept_local)} tensors of several sites stay local: too few have them for a sum")
+    received = match.received_by(site).keys() - match.names_at(site).keys()
+    if received:
+        lines.append(f"  {len(received)} tensors of classes that this site does not annotate come from the others")
     owners = Counter(owner for name, owner in match.initial_owner.items() if site in match.shared[name])
     lines.append(
         "Initial weights: those of "
