@@ -276,7 +276,14 @@ def test_every_code_has_its_status():
     folder = Path(nnunetv2.federated.__file__).parent
     sources = [path.read_text(encoding="utf-8") for path in folder.rglob("*.py")]
     codes = {code for source in sources for code in re.findall(r'\bcode="([a-z_]+)"', source)}
-    at_the_site = {"unexpected_answer", "not_allowed_here", "roster_unverified", "round_spent", "run_began_anew"}
+    at_the_site = {
+        "unexpected_answer",
+        "not_allowed_here",
+        "roster_unverified",
+        "round_spent",
+        "run_began_anew",
+        "run_key_lost",
+    }
     at_the_site |= {"second_set", "survivors_implausible"}
     assert len(codes) > 30 and codes - at_the_site <= STATUS_OF_CODE.keys()
     assert all(400 <= status < 600 for status in STATUS_OF_CODE.values())
