@@ -123,6 +123,8 @@ setup(
         "secure": ["cryptography>=42"],
         # trainings with differential privacy; its versions of attrs and numpy are bounded above
         "dp": ["dp-accounting>=0.6"],
+        # a federation through NVIDIA FLARE; bounded above, since it is built on the inside of its cells
+        "nvflare": ["nvflare>=2.9,<2.10"],
         # loggers and an optimizer that trainers use on request
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nnunetv2.federated.protocol.messages import Precision
 
 CREDENTIAL_VERSION = 2
+ENGINE_VERSION = 3
+"""Of a credential for the gateway of an engine, which earlier versions would take for a coordinator."""
 CREDENTIAL_VARIABLE = "nnUNet_fed_site"
 TOKEN_BYTES = 32
 
@@ -51,6 +53,14 @@ class SiteCredential:
     """How weights travel in this federation, where that is not float32."""
     secure: int | None = None
     """From how many sites on this federation sums behind masks, as it was when this site joined; None: in clear."""
+    through: str | None = None
+    """The engine that carries everything to the coordinator, `nvflare:<project>/<federation>`; `url` is its gateway on
+    this machine then, at another port for each job. None: `url` is the coordinator."""
+
+    @property
+    def coordinator(self) -> str:
+        """The name under which allow-lists know the coordinator; the same for every job of an engine."""
+        return self.through or self.url
 
     def __repr__(self) -> str:
         return f"SiteCredential(url={self.url!r}, federation={self.federation!r}, site={self.site!r}, token=...)"
@@ -81,9 +91,9 @@ def load_credential(path: Path | None = None) -> SiteCredential:
         raise NotJoinedError(f"the credential {path} cannot be read: {error}") from error
     needed, known = {"url", "federation", "site", "token"}, {field.name for field in fields(SiteCredential)}
     version = content.pop("version", None) if isinstance(content, dict) else None
-    if version not in (1, CREDENTIAL_VERSION) or not needed <= content.keys() <= known:
+    if version not in (1, CREDENTIAL_VERSION, ENGINE_VERSION) or not needed <= content.keys() <= known:
         raise NotJoinedError(
-            f"the credential {path} is not of version {CREDENTIAL_VERSION}: "
+            f"the credential {path} is not of version {CREDENTIAL_VERSION} or {ENGINE_VERSION}: "
             "join again with a new invitation and --replace"
         )
     if content.get("authority"):
@@ -119,7 +129,8 @@ def save_credential(credential: SiteCredential, path: Path | None = None) -> Pat
     path = path or credential_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {name: value for name, value in asdict(credential).items() if value is not None}
-    write_private(path, json.dumps({"version": CREDENTIAL_VERSION, **known}, indent=4).encode())
+    version = CREDENTIAL_VERSION if credential.through is None else ENGINE_VERSION
+    write_private(path, json.dumps({"version": version, **known}, indent=4).encode())
     return path
 
 

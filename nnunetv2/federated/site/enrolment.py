@@ -57,10 +57,11 @@ def join(
     Raises:
         RefusedError: The coordinator does not accept the invitation.
         NotAllowedError: The federation protects less than `nnUNet_fed_require_secure` asks for.
-        FederationError: The credential of another federation is in the way, the coordinator is not the one that the
-            invitation speaks of, or the client certificate cannot be used.
+        FederationError: The credential of another federation, or of an engine, is in the way, the coordinator is not
+            the one that the invitation speaks of, or the client certificate cannot be used.
     """
     path = path or credential_path()
+    _check_is_not_connected(path)
     check_transport_is_safe(invitation.url, insecure=insecure)
     known = _credential_in_the_way(invitation, path, replace=replace)
     pending = path.with_name(path.name + ".joining")
@@ -104,6 +105,16 @@ def join(
         f"{joined}. Its sites mask what they send, {credential.secure} or more together: when all have joined, compare "
         "the number of the roster with them (nnUNetv2_fed_roster)"
     )
+
+
+def _check_is_not_connected(path: Path) -> None:
+    """Raise FederationError if an engine has written the credential: its jobs do so again and again."""
+    through = load_credential(path).through if path.exists() else None
+    if through is not None:
+        raise FederationError(
+            f"this site is connected through NVFlare ({through}): nothing to join. For a federation of another kind, "
+            f"let {CREDENTIAL_VARIABLE} name another file"
+        )
 
 
 def _check_protection(invitation: Invitation, settings: api.FederationSettings) -> None:
