@@ -42,6 +42,7 @@ COMMANDS = {
     "nnUNetv2_fed_check": "site_check.command:check_entry",
     "nnUNetv2_fed_simulate": "federated.commands.simulate:simulate_entry",
     "nnUNetv2_fed_compare": "comparison.command:compare_entry",
+    "nnUNetv2_fed_engine": "federated.commands.engine:engine_entry",
 }
 
 setup(

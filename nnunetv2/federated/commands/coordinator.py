@@ -17,13 +17,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from nnunetv2.federated.commands.api_client import OPERATOR_FILE
-from nnunetv2.federated.commands.coordinator_options import DEFAULT_EPOCHS, build_parser
+from nnunetv2.federated.commands.coordinator_options import build_parser
 from nnunetv2.federated.coordinator.http.listen_address import ListenAddress, open_socket, settle_address, tls_options
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.privacy.cryptography_library import require_cryptography
 from nnunetv2.federated.protocol.invitation import check_site_name
-from nnunetv2.federated.site.credential import SiteCredential, new_token, save_credential
+from nnunetv2.federated.protocol.rounds import DEFAULT_EPOCHS
+from nnunetv2.federated.site.credential import OPERATOR_FILE, SiteCredential, new_token, save_credential
 from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:

@@ -94,6 +94,8 @@ class RemoteCoordinator:
         self._transfers: dict[tuple[str, str], Future[api.Receipt | Path]] = {}
         self._progress: dict[tuple[str, str], tuple[int, int]] = {}
         self._is_closing = threading.Event()
+        self.last_asked = time.monotonic()
+        """When a command of this site has last asked anything."""
 
     def close(self) -> None:
         """End transfers at their present piece."""
@@ -127,7 +129,8 @@ class RemoteCoordinator:
         return Member(self._site, "site")
 
     def count_traffic(self, member: str, key: str, *, received: int, sent: int) -> None:
-        """Do nothing: what travels on this machine is no traffic; the coordinator counts what comes to it."""
+        """Note that a command has asked; what travels on this machine is no traffic, the coordinator counts its own."""
+        self.last_asked = time.monotonic()
 
     def identify(self, identity: str) -> None:
         """Tell the public part of this site's identity, where the federation aggregates securely."""

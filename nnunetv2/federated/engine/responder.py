@@ -48,8 +48,8 @@ class Responder:
         self,
         coordinator: Coordinator,
         *,
-        limits: Limits = Limits(),
-        clock: Callable[[], float] = time.monotonic,  # noqa: B008 - frozen
+        limits: Limits = Limits(),  # noqa: B008 - frozen
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._coordinator = coordinator
         self._clock = clock

@@ -26,6 +26,8 @@ CREDENTIAL_VERSION = 2
 ENGINE_VERSION = 3
 """Of a credential for the gateway of an engine, which earlier versions would take for a coordinator."""
 CREDENTIAL_VARIABLE = "nnUNet_fed_site"
+OPERATOR_FILE = "operator.json"
+"""Credential of the operator on the coordinator's machine, in the federation's folder."""
 TOKEN_BYTES = 32
 
 

@@ -1,0 +1,140 @@
+"""Carry frames between the cells of NVIDIA FLARE: from the job of a site to the job of the server, and back.
+
+Built on what NVFlare 2.9 keeps inside. Who asks is the origin of a message, which the root server has compared with the
+token of its sender; never the peer context, which the sender writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
+from nvflare.fuel.f3.cellnet.fqcn import FQCN
+from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
+
+from nnunetv2.federated.errors import FederationError
+
+CHANNEL = "nnunet_federated"
+ASK, CHANGED = "ask", "changed"
+ANSWERING_THREADS = 16
+LONGEST_KEY = 4000
+
+
+class CellChannel:
+    """A `Channel` from the job of a site to the job of the server."""
+
+    def __init__(self, cell: Any, job: str) -> None:
+        self._cell = cell
+        self._server = FQCN.join([FQCN.ROOT_SERVER, job])
+
+    def ask(self, frame: bytes, *, timeout_s: float) -> bytes:
+        """Send a frame to the server's job and return that of its answer; see `Channel`."""
+        reply = self._cell.send_request(
+            channel=CHANNEL,
+            topic=ASK,
+            target=self._server,
+            request=new_cell_message({}, frame),
+            timeout=timeout_s,
+            optional=True,
+        )
+        code = reply.get_header(MessageHeaderKey.RETURN_CODE)
+        if code != ReturnCode.OK or not isinstance(reply.payload, bytes | bytearray | memoryview):
+            raise ConnectionError(f"NVFlare says {code} {reply.get_header(MessageHeaderKey.ERROR) or ''}".strip())
+        return bytes(reply.payload) if not isinstance(reply.payload, bytes) else reply.payload
+
+    def on_change(self, notify: Callable[[str], None]) -> None:
+        """Have a function called with the key of every change that the server's job tells of."""
+
+        def changed(message: Any) -> None:
+            if FQCN.is_ancestor(FQCN.ROOT_SERVER, message.get_header(MessageHeaderKey.ORIGIN, "")):
+                notify(bytes(message.payload or b"")[:LONGEST_KEY].decode(errors="replace"))
+
+        self._cell.register_request_cb(channel=CHANNEL, topic=CHANGED, cb=changed)
+
+
+class CellServer:
+    """The other end, in the job of the server.
+
+    Args:
+        sites: Name of each site's cell -> the site.
+        answer: Returns the frame that answers a frame of a site.
+        warn: Told of what is refused.
+    """
+
+    def __init__(
+        self,
+        cell: Any,
+        job: str,
+        sites: dict[str, str],
+        answer: Callable[[str, bytes], bytes],
+        warn: Callable[[str], None],
+    ) -> None:
+        self._cell = cell
+        self._job = job
+        self._sites = sites
+        self._answer = answer
+        self._warn = warn
+        self._pool = ThreadPoolExecutor(ANSWERING_THREADS, thread_name_prefix="answering")
+        self._is_closed = False
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._cell.register_request_cb(channel=CHANNEL, topic=ASK, cb=self._handle)
+
+    def close(self) -> None:
+        """Answer nobody any more."""
+        self._is_closed = True
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def push(self, key: str) -> None:
+        """Tell all sites of a change. Nobody waits for that; what is lost is asked for in a while."""
+        if not key or self._is_closed:
+            return
+        try:
+            self._cell.fire_and_forget(
+                channel=CHANNEL,
+                topic=CHANGED,
+                targets=[FQCN.join([cell, self._job]) for cell in self._sites],
+                message=new_cell_message({}, key.encode()),
+                optional=True,
+            )
+        except Exception as error:  # noqa: BLE001 - the engine's; what is told comes anyway
+            self._warn(f"the sites were not told of {key}: {error}")
+
+    def _handle(self, message: Any) -> Future[Any] | Any:
+        """Answer on a thread of our own: the engine's are few, and its own work needs them."""
+        origin = str(message.get_header(MessageHeaderKey.ORIGIN, ""))
+        site = site_of(origin, self._sites, self._job)
+        if site is None or self._is_closed:
+            self._warn(f"a request from {origin[:200]!r} is refused: that is no site of this job")
+            return make_reply(ReturnCode.UNAUTHENTICATED)
+        if not isinstance(message.payload, bytes | bytearray | memoryview):
+            return make_reply(ReturnCode.INVALID_REQUEST)
+        return self._pool.submit(self._reply, site, message.payload)
+
+    def _reply(self, site: str, frame: bytes) -> Any:
+        return make_reply(ReturnCode.OK, body=self._answer(site, frame))
+
+
+def site_of(origin: str, sites: dict[str, str], job: str) -> str | None:
+    """Return the site whose job in this run a message comes from, or None."""
+    cell, _, last = origin.rpartition(FQCN.SEPARATOR)
+    return sites.get(cell) if last == job else None
+
+
+def sites_of(clients: Iterable[Any]) -> dict[str, str]:
+    """Return the name of each site's cell -> the site; behind a relay, a cell's name begins with the relay's."""
+    return {str(client.get_fqcn()): str(client.name) for client in clients}
+
+
+def check_is_safe(cell: Any, *, is_secure: bool) -> None:
+    """Raise FederationError unless the origin of a message proves who has sent it."""
+    if not is_secure:
+        raise FederationError("this NVFlare network runs without certificates, so nobody is who he says: provision it")
+    if cell.core_cell.connector_manager.adhoc_allowed:
+        raise FederationError(
+            "this NVFlare network allows ad-hoc connections, which go past the check of who sends a message: remove "
+            "allow_adhoc_conns from comm_config.json"
+        )
