@@ -93,13 +93,13 @@ def sampled_memory(pid: int) -> Iterator[list[Memory]]:
 
 
 # ------------------------------------------------------------------------------------------------------ preparations
-def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
-    """Let all sites of a federation register and agree on the initial weights."""
+def registration_of(specs: dict[str, TensorSpec]) -> messages.Registration:
+    """Return the registration of a site whose network has these tensors."""
     entries = tuple(messages.TensorEntry(name=name, dtype=spec.dtype, shape=spec.shape) for name, spec in specs.items())
     data = messages.TrainingData(
         channel_names={"0": "CT"}, labels={"background": 0, "a": 1, "b": 2}, file_ending=".nii.gz"
     )
-    registration = messages.Registration(
+    return messages.Registration(
         configuration="3d_fullres",
         fold="0",
         trainer="nnUNetTrainerFedAvg",
@@ -110,6 +110,10 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
         requires_equal_plans=False,
         tensors=entries,
     )
+
+
+def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
+    """Let all sites of a federation register and agree on the initial weights."""
     with Store(folder) as store:
         coordinator = Coordinator(store, log=lambda line: None)
         coordinator.worker.start()
@@ -120,7 +124,7 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
             coordinator.contribute(key, site, path, digest, path.stat().st_size)
 
         for site in coordinator.settings.sites:
-            send(RegistrationKey(RUN), site, registration, {})
+            send(RegistrationKey(RUN), site, registration_of(specs), {})
         wait_until(lambda: coordinator.state.registry.is_closed(RegistrationKey(RUN)))
         owners = coordinator.state.documents.agreement(RUN).match.initial_owner
         for site in coordinator.settings.sites:

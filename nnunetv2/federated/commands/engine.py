@@ -90,7 +90,9 @@ def write_job(arguments: argparse.Namespace) -> None:
     given = with_geometry(given_settings(arguments), None)
     sites = given.pop("sites", ())
     assert isinstance(sites, tuple)
-    settings = {name: value.model_dump() if isinstance(value, Secure) else value for name, value in given.items()}
+    settings: dict[str, Any] = {
+        name: value.model_dump() if isinstance(value, Secure) else value for name, value in given.items()
+    }
     task = validated(
         lambda: plan.CoordinatorTask(federation=arguments.federation, settings=settings), "the command line"
     )

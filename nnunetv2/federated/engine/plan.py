@@ -10,7 +10,7 @@ A job names no path, no command and no dataset; unknown keys are refused before 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
 
@@ -25,6 +25,8 @@ SERVER_FILE = "nnunet_server.json"
 SITE_FILE = "nnunet_site.json"
 DEFAULT_TRAINER = "nnUNetTrainerAsymFedAvg"
 
+File = TypeVar("File", "ServerFile", "SiteFile")
+Task = TypeVar("Task", "CoordinatorTask", "SiteTask")
 Step = Literal["plan", "train"]
 FederationName = Annotated[str, Field(pattern=SITE_PATTERN)]
 """Names folders at the server and at the sites."""
@@ -119,7 +121,7 @@ def read_site_file(folder: Path) -> SiteFile:
     return _read(SiteFile, folder / SITE_FILE, f"people at the site write it with {command}")
 
 
-def _read(model: Any, path: Path, remedy: str) -> Any:
+def _read(model: type[File], path: Path, remedy: str) -> File:
     try:
         return decode_json(model, path.read_bytes())
     except FileNotFoundError:
@@ -128,7 +130,7 @@ def _read(model: Any, path: Path, remedy: str) -> Any:
         raise FederationError(f"{path} cannot be used: {error}. {remedy[0].upper()}{remedy[1:]}") from error
 
 
-def parse_task(model: type[CoordinatorTask] | type[SiteTask], task: object) -> Any:
+def parse_task(model: type[Task], task: object) -> Task:
     """Check the part of a job that its configuration holds.
 
     Raises:

@@ -126,7 +126,7 @@ class Responder:
         message = self._ask(site, request)
         return Answer(body="" if message is None else encode_json(message).decode()), b""
 
-    def _ask(self, site: str, request: Request) -> BaseModel | str | None:
+    def _ask(self, site: str, request: Request) -> BaseModel | None:
         """Return the coordinator's message for a request without documents."""
         coordinator, op = self._coordinator, request.op
         if op == "identify":
@@ -187,7 +187,7 @@ class Responder:
         if end < request.size:
             uploads = self._coordinator.uploads
             with uploads.writing(request.name, site, digest, offset=request.offset) as upload:
-                upload.append(piece)
+                upload.append(bytes(piece))
                 return Held(offset=upload.size)
         if request.size <= PIECE_BYTES:
             return Held(receipt=self._store(site, request, digest, bytes(piece)))

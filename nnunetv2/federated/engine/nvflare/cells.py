@@ -20,6 +20,7 @@ CHANNEL = "nnunet_federated"
 ASK, CHANGED = "ask", "changed"
 ANSWERING_THREADS = 16
 LONGEST_KEY = 4000
+Frame = bytes | bytearray | memoryview
 
 
 class CellChannel:
@@ -68,7 +69,7 @@ class CellServer:
         cell: Any,
         job: str,
         sites: dict[str, str],
-        answer: Callable[[str, bytes], bytes],
+        answer: Callable[[str, Frame], bytes],
         warn: Callable[[str], None],
     ) -> None:
         self._cell = cell
@@ -114,7 +115,7 @@ class CellServer:
             return make_reply(ReturnCode.INVALID_REQUEST)
         return self._pool.submit(self._reply, site, message.payload)
 
-    def _reply(self, site: str, frame: bytes) -> Any:
+    def _reply(self, site: str, frame: Frame) -> Any:
         return make_reply(ReturnCode.OK, body=self._answer(site, frame))
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-PROJECT = Path(__file__).resolve().parents[3]
+PROJECT = Path(__file__).resolve().parents[1]
 HOME = Path(os.environ.get("FEDNNUNET_NVFLARE", PROJECT / ".venv-nvflare"))
 PYTHON = HOME / "bin" / "python"
 NETWORK = "loopback"
