@@ -222,12 +222,16 @@ class Network:
 
     def stop(self) -> None:
         """End everything, at once."""
+        self.forget_admin()
+        for name in list(self.processes):
+            self.kill(name)
+
+    def forget_admin(self) -> None:
+        """Log in anew at the next question: the server has been another one since."""
         if self._admin is not None:
             self._admin.kill()
             self._admin.wait()
             self._admin = None
-        for name in list(self.processes):
-            self.kill(name)
 
     def log(self, name: str) -> str:
         """Return what a participant and its jobs have logged."""

@@ -11,10 +11,10 @@ import pytest
 import requests
 from fake_federation import in_threads, make_client, served
 from masked_sites import MaskedSite, masked_settings
-from benchmarks.nvflare_network import ENDED, PYTHON, Network, listening_addresses, running_network
 from patience import PATIENCE_S
 from small_sites import make_sites, plan_command, shrink_plans, train_command
 
+from benchmarks.nvflare_network import ENDED, PYTHON, Network, listening_addresses, running_network
 from nnunetv2.federated.commands.engine import main as engine_command
 from nnunetv2.federated.commands.simulate import find_command, run_everywhere, running_coordinator
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
