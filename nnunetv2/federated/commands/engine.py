@@ -1,4 +1,4 @@
-"""Run a federation on an existing network of NVIDIA FLARE: prepare server and sites, and write jobs."""
+"""Prepare server and sites of an NVIDIA FLARE network for federations, and write jobs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Found a federation with settings that go together, or hold an existing one to its own."""
+"""Found a federation with settings that go together, or keep those of an existing one."""
 
 from __future__ import annotations
 

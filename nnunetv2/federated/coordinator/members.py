@@ -83,7 +83,7 @@ def create_federation(
     lifetime_s: float = INVITATION_LIFETIME_S,
     membership: Membership = "invitations",
 ) -> None:
-    """Write a new federation, with one invitation per site, or with sites that an engine knows.
+    """Write a new federation, with one invitation per site unless an engine knows them.
 
     Raises:
         FederationError: A site has the name of the operator.

@@ -35,7 +35,10 @@ class Notifier:
 
     # -------------------------------------------------------------------------------------------------- who waits
     def subscribe(self, subscriber: Callable[[str], None]) -> None:
-        """Call a function with the key of every change but mere progress, on the thread that notifies."""
+        """Call a function with the key of every change but mere progress.
+
+        It is called on the thread that notifies.
+        """
         self._subscribers.append(subscriber)
 
     def bind(self) -> None:

@@ -1,4 +1,4 @@
-"""Define what travels through an engine: requests of a site's gateway, and answers of the coordinator.
+"""Define the requests and answers that an engine carries between gateways and coordinator.
 
     frame    4 bytes: length n of the JSON | n bytes of JSON, a `Request` or an `Answer` | content, if any
 
@@ -66,7 +66,7 @@ class Request(Part):
 
 
 class Held(Part):
-    """What the coordinator holds of a document."""
+    """The part of a document that the coordinator holds."""
 
     receipt: Receipt | None = None
     offset: Count = 0
@@ -119,7 +119,7 @@ def encode_frame(head: Head, content: bytes | memoryview = b"") -> bytes:
 
 
 def decode_frame(model: type[Head], frame: bytes | bytearray | memoryview) -> tuple[Head, memoryview]:
-    """Return the message and the content of a frame; the content is a view of it.
+    """Return the message and the content of a frame, the latter as a view.
 
     Raises:
         WireError: It is no such frame.

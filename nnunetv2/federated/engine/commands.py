@@ -45,7 +45,7 @@ def environment_of(given: Mapping[str, str], credential: Path) -> dict[str, str]
 def run_command(
     command: Sequence[str], *, environment: Mapping[str, str], lock: Path, log: Path, is_aborted: Callable[[], bool]
 ) -> None:
-    """Run one command to its end, its output in a log that stays at the site.
+    """Run one command to its end, with its output in a log of the site.
 
     Raises:
         AbortedError: The job was aborted; the command and its children are gone.

@@ -1,7 +1,8 @@
-"""Serve the routes of a site on this machine, for the commands of one site; behind them is an engine."""
+"""Serve the commands of a site on its own machine, in front of an engine."""
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -37,13 +38,14 @@ class Gateway:
         through: Name of the engine's network and the federation; see `SiteCredential.through`.
         credential: The file that is written for the commands of this site, and removed at the end. What belongs to it,
             such as the site's identity, lies beside it and stays.
-        folder: For documents under way.
+        folder: For documents under way; gone after `stop`.
     """
 
     def __init__(self, channel: Channel, *, site: str, through: str, credential: Path, folder: Path) -> None:
         self._site = site
         self._through = through
         self._credential = credential
+        self._folder = folder
         self._token = new_token(site)
         self.remote = RemoteCoordinator(channel, site=site, token=self._token, folder=folder)
         self._server: GuardedServer | None = None
@@ -102,6 +104,7 @@ class Gateway:
         if self._listener is not None:
             self._listener.close()
         self.remote.close()
+        shutil.rmtree(self._folder, ignore_errors=True)  # what was under way is with the coordinator, or comes again
 
 
 def build_gateway_app(remote: RemoteCoordinator) -> Starlette:

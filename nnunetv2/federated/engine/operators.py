@@ -1,4 +1,4 @@
-"""Serve the operators of a federation on the machine of the coordinator, while a job of an engine runs it."""
+"""Serve the operators of a federation while a job of an engine runs it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ TIMEOUT_S = 60.0
 
 
 class OperatorServer:
-    """The page and the routes of operators, on the loopback interface. No site is served: none has a token.
+    """A server of the page and the routes of operators, on the loopback interface.
+
+    No site is served: none has a token.
 
     Args:
         coordinator: It is started and stopped with the server.

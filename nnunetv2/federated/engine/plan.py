@@ -1,4 +1,4 @@
-"""Describe what a job asks for, and what server and sites let a job do. None of it trusts the other.
+"""Describe the wishes of a job, and the permissions of server and sites.
 
     local/nnunet_server.json   at the server: where federations are kept
     local/nnunet_site.json     at a site: its dataset, its folders and what a job may have it do
@@ -63,7 +63,7 @@ class SiteTask(Part):
 
 
 class ServerFile(Part):
-    """What the operator of the server has decided."""
+    """The decisions of the server's operator."""
 
     version: Literal[1] = 1
     folder: AbsolutePath
@@ -73,7 +73,7 @@ class ServerFile(Part):
 
 
 class SiteFile(Part):
-    """What a site lets a job do, and with what."""
+    """The permissions of a site for jobs, and what they work with."""
 
     version: Literal[1] = 1
     folder: AbsolutePath
@@ -102,7 +102,7 @@ class SiteFile(Part):
 
 
 def read_server_file(folder: Path) -> ServerFile:
-    """Read what the operator of the server has decided, from the folder `local` of its kit.
+    """Read the decisions of the server's operator from the folder `local` of its kit.
 
     Raises:
         FederationError: There is no such file, or it is not one.
@@ -112,7 +112,7 @@ def read_server_file(folder: Path) -> ServerFile:
 
 
 def read_site_file(folder: Path) -> SiteFile:
-    """Read what a site lets a job do, from the folder `local` of its kit.
+    """Read the permissions of a site from the folder `local` of its kit.
 
     Raises:
         FederationError: There is no such file, or it is not one.
@@ -163,7 +163,7 @@ def settings_of_task(task: CoordinatorTask, sites: tuple[str, ...]) -> Federatio
 
 
 def given_of_task(task: CoordinatorTask) -> dict[str, object]:
-    """Return the settings of a job, by the names in FederationSettings, as they are compared with those in force.
+    """Return the settings of a job, to be compared with those in force.
 
     Raises:
         FederationError: They are no settings.

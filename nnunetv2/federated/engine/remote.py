@@ -1,4 +1,4 @@
-"""Reach the coordinator of one site through an engine, as the `SiteService` behind the routes of its gateway.
+"""Reach the coordinator of one site through an engine, as the `SiteService` of its gateway.
 
 Small questions are asked until they are answered, for ten seconds: then the engine is away, the gateway answers 503,
 and the site's command asks again, for a day if need be. Documents are on this machine before they travel and before
@@ -58,7 +58,9 @@ KEPT_RESULTS = 3
 
 
 class RemoteCoordinator:
-    """The coordinator at the other end of an engine, for the one site that is here. Used by many threads.
+    """The coordinator at the other end of an engine, for the one site here.
+
+    Used by many threads.
 
     Args:
         channel: The way there.
@@ -129,7 +131,10 @@ class RemoteCoordinator:
         return Member(self._site, "site")
 
     def count_traffic(self, member: str, key: str, *, received: int, sent: int) -> None:
-        """Note that a command has asked; what travels on this machine is no traffic, the coordinator counts its own."""
+        """Note that a command has asked.
+
+        What travels on this machine is no traffic; the coordinator counts its own.
+        """
         self.last_asked = time.monotonic()
 
     def identify(self, identity: str) -> None:
@@ -169,7 +174,7 @@ class RemoteCoordinator:
         self._send(Request(op="report_failure", body=encode_json(report).decode()))
 
     def note_rehearsal(self, site: str, size: int) -> None:
-        """Do nothing: a rehearsal ends at the gateway, and nothing of it has left this machine."""
+        """Do nothing: a rehearsal ends at the gateway, and has not left this machine."""
 
     # ------------------------------------------------------------------------------------------------- contributing
     def offer(self, key: str, site: str, digest: str, size: int) -> api.Receipt | None:
@@ -187,7 +192,7 @@ class RemoteCoordinator:
         return self._wait_for_receipt(key, digest, size) if held.is_storing else held.receipt
 
     def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> api.Receipt:
-        """Send a document that has been received completely; it is durable at the coordinator on return.
+        """Send a document that has been received completely; on return, the coordinator holds it.
 
         Raises:
             OSError: It is still under way; asking again may help.
@@ -246,7 +251,7 @@ class RemoteCoordinator:
 
     # ------------------------------------------------------------------------------------------------------ results
     def result(self, key: str, site: str, *, changes: bool = False) -> Result | api.Waiting:
-        """Return the result of an exchange once it is here, or the sites that it waits for.
+        """Return the result of an exchange, or the sites that it waits for.
 
         Raises:
             OSError: It is still under way; asking again may help.

@@ -61,7 +61,7 @@ class SiteCredential:
 
     @property
     def coordinator(self) -> str:
-        """The name under which allow-lists know the coordinator; the same for every job of an engine."""
+        """The name of the coordinator in allow-lists, the same for every job of an engine."""
         return self.through or self.url
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""Carry frames between the cells of NVIDIA FLARE: from the job of a site to the job of the server, and back.
+"""Carry frames between the jobs of sites and server, through the cells of NVIDIA FLARE.
 
 Built on what NVFlare 2.9 keeps inside. Who asks is the origin of a message, which the root server has compared with the
 token of its sender; never the peer context, which the sender writes.
@@ -46,7 +46,7 @@ class CellChannel:
         return bytes(reply.payload) if not isinstance(reply.payload, bytes) else reply.payload
 
     def on_change(self, notify: Callable[[str], None]) -> None:
-        """Have a function called with the key of every change that the server's job tells of."""
+        """Call a function with the key of every change that the server tells."""
 
         def changed(message: Any) -> None:
             if FQCN.is_ancestor(FQCN.ROOT_SERVER, message.get_header(MessageHeaderKey.ORIGIN, "")):
@@ -90,7 +90,10 @@ class CellServer:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def push(self, key: str) -> None:
-        """Tell all sites of a change. Nobody waits for that; what is lost is asked for in a while."""
+        """Tell all sites of a change, without waiting.
+
+        What is lost is asked for in a while.
+        """
         if not key or self._is_closed:
             return
         try:
@@ -126,7 +129,10 @@ def site_of(origin: str, sites: dict[str, str], job: str) -> str | None:
 
 
 def sites_of(clients: Iterable[Any]) -> dict[str, str]:
-    """Return the name of each site's cell -> the site; behind a relay, a cell's name begins with the relay's."""
+    """Return the sites by the names of their cells.
+
+    Behind a relay, the name of a cell begins with that of the relay.
+    """
     return {str(client.get_fqcn()): str(client.name) for client in clients}
 
 

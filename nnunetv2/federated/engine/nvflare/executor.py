@@ -1,4 +1,4 @@
-"""Do a site's part of a federation inside its job of NVIDIA FLARE: the gateway, and the commands that it allows."""
+"""Do a site's part of a federation inside its job of NVIDIA FLARE."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ START_PATIENCE_S = 300.0
 
 
 class SiteExecutor(Executor):  # type: ignore[misc] # has no types
-    """Open the gateway of this site, and run the commands that its own file allows, one after another.
+    """Open the gateway of this site, then run the commands that its file allows.
 
     Args:
         task: See `SiteTask`.

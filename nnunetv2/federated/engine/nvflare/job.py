@@ -1,4 +1,4 @@
-"""Write the folder of a job, and tell what participants of an NVFlare network have to allow for it.
+"""Write the folder of a job, and name the classes that participants have to allow.
 
 Knows file formats of NVFlare 2.9 only: nothing of it has to be installed where a job is written.
 """
@@ -61,7 +61,7 @@ def describe_allowing(kind: str) -> str:
 
 
 def is_allowed(kit: Path, kind: str) -> bool:
-    """Return whether a participant's own list names the class that its part of a job needs."""
+    """Return whether a participant's own list names the class of its part."""
     local = kit / "local"
     for name in ("resources.json", "resources.json.default"):
         if (local / name).is_file():
