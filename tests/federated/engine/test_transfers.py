@@ -187,15 +187,19 @@ def test_a_gateway_that_was_killed_goes_on_where_the_coordinator_is(ends):
 
 
 def test_a_slow_transfer_goes_on_while_nobody_waits(ends, monkeypatch):
-    monkeypatch.setattr(remote_module, "TRANSFER_WAIT_S", 0.1)
     ends.begin()
     path, digest, size = ends.document("A", messages.Update(), make_weights(1, SHAPES))
-    ends.channels["A"].bytes_per_s = 8 << 20
-    with pytest.raises(OSError, match=r"of 5\.0 MiB have passed the engine; the transfer goes on"):
+    goes_on = threading.Event()
+    ends.channels["A"].fault = lambda request: request.op == "piece" and not goes_on.wait(PATIENCE_S)
+    before = len(pieces(ends))
+    monkeypatch.setattr(remote_module, "TRANSFER_WAIT_S", 0.1)
+    with pytest.raises(OSError, match=r"0\.0 of 5\.0 MiB have passed the engine; the transfer goes on"):
         ends.remotes["A"].contribute(InitialKey(RUN), "A", path, digest, size)
+    goes_on.set()
     receipt = persist(lambda: ends.remotes["A"].offer(InitialKey(RUN), "A", digest, size))
     assert receipt.digest == digest
-    assert pieces(ends)[1:] == sorted(set(pieces(ends))), "no piece was sent twice"  # the first is the registration
+    sent = pieces(ends)[before:]
+    assert sent == sorted(set(sent)), "no piece was sent twice"
 
 
 def test_a_download_goes_on_at_its_byte(ends):
