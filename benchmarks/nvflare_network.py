@@ -102,10 +102,11 @@ class Network:
                 "fed_learn_port": self.port,
                 "admin_port": self.port,
                 "default_host": "localhost",
+                "connection_security": "mtls",
             },
             {"name": ADMIN, "type": "admin", "org": "test", "role": "project_admin"},
             *(
-                {"name": name, "type": "client", "org": "test", **({"connect_to": "relay"} if relay else {})}
+                {"name": name, "type": "client", "org": "test", **({"connect_to": {"name": "relay"}} if relay else {})}
                 for name in self.sites
             ),
         ]
@@ -116,7 +117,12 @@ class Network:
                     "type": "relay",
                     "org": "test",
                     "default_host": "localhost",
-                    "listening_host": {"default_host": "localhost", "port": self.relay_port, "scheme": "tcp"},
+                    "listening_host": {
+                        "default_host": "localhost",
+                        "port": self.relay_port,
+                        "scheme": "tcp",
+                        "connection_security": "mtls",
+                    },
                 }
             )
         builders = "nvflare.lighter.impl"
@@ -180,7 +186,10 @@ class Network:
         if name == "server":
             module, extra = "server.server_train", ["-s", "fed_server.json", "--set", "secure_train=true", "org=test"]
         elif name == "relay":
-            module, extra = "relay.relay", ["-s", "fed_relay.json", "--set", "secure_train=true", "org=test"]
+            module, extra = (
+                "relay.relay",
+                ["-s", "fed_relay.json", "--set", "secure_train=true", "uid=relay", "org=test"],
+            )
         else:
             module = "client.client_train"
             extra = ["-s", "fed_client.json", "--set", "secure_train=true", f"uid={name}", "org=test"]

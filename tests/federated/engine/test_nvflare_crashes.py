@@ -76,15 +76,23 @@ class Setup:
         return number, files
 
     def end(self, job: str) -> None:
-        """See a job to its end, whether it comes by itself or has to be aborted."""
+        """See a job to its end: it comes by itself, or is aborted, or nothing is left that could be."""
         deadline = time.monotonic() + LONG_S
         while not self.network.status(job).startswith(ENDED):
             assert time.monotonic() < deadline, self.network.log("server")[-3000:]
             self.network.ask("abort_job", job)
+            if self.has_no_processes():  # a server that was started again takes the job for running for ever
+                return
             time.sleep(3)
-        while any("worker_process" in _command(pid) for pid in self.network.pids()):
+        while not self.has_no_processes():
             assert time.monotonic() < deadline, "the jobs of the sites do not end"
             time.sleep(1)
+
+    def has_no_processes(self) -> bool:
+        """Tell whether no job runs."""
+        return not any(
+            "worker_process" in (text := _command(pid)) or "runner_process" in text for pid in self.network.pids()
+        )
 
     def kill(self, part: str, trainers: dict[str, subprocess.Popen]) -> None:
         """End a part as a power failure would, and bring up again what an operator would."""
