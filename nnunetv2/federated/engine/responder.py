@@ -187,7 +187,7 @@ class Responder:
         if end < request.size:
             uploads = self._coordinator.uploads
             with uploads.writing(request.name, site, digest, offset=request.offset) as upload:
-                upload.append(bytes(piece))
+                upload.append(piece, hashed=False)
                 return Held(offset=upload.size)
         if request.size <= PIECE_BYTES:
             return Held(receipt=self._store(site, request, digest, bytes(piece)))

@@ -1,13 +1,15 @@
 """Carry frames between the jobs of sites and server, through the cells of NVIDIA FLARE.
 
-Built on what NVFlare 2.9 keeps inside. Who asks is the origin of a message, which the root server has compared with the
-token of its sender; never the peer context, which the sender writes.
+Built on what NVFlare 2.9 keeps inside: one message of its core cells per frame, without the streams and downloads above
+them, which cut messages into chunks, copy them once more and keep what is not acknowledged.
+
+Who asks is the origin of a message, which the root server has compared with the token of its sender; never the peer
+context, which the sender writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
@@ -18,7 +20,6 @@ from nnunetv2.federated.errors import FederationError
 
 CHANNEL = "nnunet_federated"
 ASK, CHANGED = "ask", "changed"
-ANSWERING_THREADS = 16
 LONGEST_KEY = 4000
 Frame = bytes | bytearray | memoryview
 
@@ -27,23 +28,19 @@ class CellChannel:
     """A `Channel` from the job of a site to the job of the server."""
 
     def __init__(self, cell: Any, job: str) -> None:
-        self._cell = cell
+        self._cell = cell.core_cell
         self._server = FQCN.join([FQCN.ROOT_SERVER, job])
 
     def ask(self, frame: bytes, *, timeout_s: float) -> bytes:
         """Send a frame to the server's job and return that of its answer; see `Channel`."""
-        reply = self._cell.send_request(
-            channel=CHANNEL,
-            topic=ASK,
-            target=self._server,
-            request=new_cell_message({}, frame),
-            timeout=timeout_s,
-            optional=True,
-        )
+        message = new_cell_message({}, frame)
+        reply = self._cell.send_request(CHANNEL, ASK, self._server, message, timeout=timeout_s, optional=True)
+        if reply is None:
+            raise ConnectionError("NVFlare has no answer")
         code = reply.get_header(MessageHeaderKey.RETURN_CODE)
         if code != ReturnCode.OK or not isinstance(reply.payload, bytes | bytearray | memoryview):
             raise ConnectionError(f"NVFlare says {code} {reply.get_header(MessageHeaderKey.ERROR) or ''}".strip())
-        return bytes(reply.payload) if not isinstance(reply.payload, bytes) else reply.payload
+        return bytes(reply.payload)
 
     def on_change(self, notify: Callable[[str], None]) -> None:
         """Call a function with the key of every change that the server tells."""
@@ -52,7 +49,7 @@ class CellChannel:
             if FQCN.is_ancestor(FQCN.ROOT_SERVER, message.get_header(MessageHeaderKey.ORIGIN, "")):
                 notify(bytes(message.payload or b"")[:LONGEST_KEY].decode(errors="replace"))
 
-        self._cell.register_request_cb(channel=CHANNEL, topic=CHANGED, cb=changed)
+        self._cell.register_request_cb(CHANNEL, CHANGED, changed)
 
 
 class CellServer:
@@ -72,22 +69,20 @@ class CellServer:
         answer: Callable[[str, Frame], bytes],
         warn: Callable[[str], None],
     ) -> None:
-        self._cell = cell
+        self._cell = cell.core_cell
         self._job = job
         self._sites = sites
         self._answer = answer
         self._warn = warn
-        self._pool = ThreadPoolExecutor(ANSWERING_THREADS, thread_name_prefix="answering")
         self._is_closed = False
 
     def start(self) -> None:
         """Begin to answer."""
-        self._cell.register_request_cb(channel=CHANNEL, topic=ASK, cb=self._handle)
+        self._cell.register_request_cb(CHANNEL, ASK, self._handle)
 
     def close(self) -> None:
         """Answer nobody any more."""
         self._is_closed = True
-        self._pool.shutdown(wait=True, cancel_futures=True)
 
     def push(self, key: str) -> None:
         """Tell all sites of a change, without waiting.
@@ -97,18 +92,12 @@ class CellServer:
         if not key or self._is_closed:
             return
         try:
-            self._cell.fire_and_forget(
-                channel=CHANNEL,
-                topic=CHANGED,
-                targets=[FQCN.join([cell, self._job]) for cell in self._sites],
-                message=new_cell_message({}, key.encode()),
-                optional=True,
-            )
+            targets = [FQCN.join([cell, self._job]) for cell in self._sites]
+            self._cell.fire_and_forget(CHANNEL, CHANGED, targets, new_cell_message({}, key.encode()), optional=True)
         except Exception as error:  # noqa: BLE001 - the engine's; what is told comes anyway
             self._warn(f"the sites were not told of {key}: {error}")
 
-    def _handle(self, message: Any) -> Future[Any] | Any:
-        """Answer on a thread of our own: the engine's are few, and its own work needs them."""
+    def _handle(self, message: Any) -> Any:
         origin = str(message.get_header(MessageHeaderKey.ORIGIN, ""))
         site = site_of(origin, self._sites, self._job)
         if site is None or self._is_closed:
@@ -116,10 +105,7 @@ class CellServer:
             return make_reply(ReturnCode.UNAUTHENTICATED)
         if not isinstance(message.payload, bytes | bytearray | memoryview):
             return make_reply(ReturnCode.INVALID_REQUEST)
-        return self._pool.submit(self._reply, site, message.payload)
-
-    def _reply(self, site: str, frame: Frame) -> Any:
-        return make_reply(ReturnCode.OK, body=self._answer(site, frame))
+        return make_reply(ReturnCode.OK, body=self._answer(site, message.payload))
 
 
 def site_of(origin: str, sites: dict[str, str], job: str) -> str | None:
