@@ -1,6 +1,6 @@
 """Measure a federation on a network of NVIDIA FLARE beside the same one over HTTP: bytes, processor time, memory.
 
-    python -m benchmarks.engine [--sites 3] [--rounds 4] [--stages 6] [--relay] [--only http engine] [--folder F]
+    python -m benchmarks.engine [--sites 3] [--rounds 4] [--stages 6] [--relay | --slow-mbit 1] [--only http engine]
 
 Sites are played: the real transport of a site sends random weights, and nobody trains. All processes are real ones on
 the loopback interface, both servers speak TLS, and every byte on the server's port is counted. Needs `make nvflare`.
@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks.byte_counter import ByteCounter
 from benchmarks.federation import MIB, RUN, network_specs, registration_of
 from benchmarks.federation_coordinator import Memory, address, make_federation, running
+from benchmarks.federation_load import SlowLine
 from benchmarks.nvflare_network import Network, processes_below, running_network
 from nnunetv2.federated.commands.engine import main as engine_command
 from nnunetv2.federated.protocol import messages
@@ -35,7 +36,7 @@ from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundK
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 from nnunetv2.federated.site.transports.http import HttpTransport
 
-PATIENCE_S = 900.0
+PATIENCE_S = 1800.0
 FEDERATION = "benchmark"
 
 
@@ -146,9 +147,20 @@ def measure_http(folder: Path, num_sites: int, rounds: int, specs: dict[str, Ten
 
 
 def measure_engine(
-    folder: Path, num_sites: int, rounds: int, specs: dict[str, TensorSpec], *, relay: bool, without_torch: bool
+    folder: Path,
+    num_sites: int,
+    rounds: int,
+    specs: dict[str, TensorSpec],
+    *,
+    relay: bool,
+    without_torch: bool,
+    slow_mbit: float | None,
 ) -> Figures:
-    """Play a federation on a network of NVFlare."""
+    """Play a federation on a network of NVFlare.
+
+    Args:
+        slow_mbit: Mbit/s of the line of the first site, each way. None: it is as fast as the others'.
+    """
     names = [f"site{index:03d}" for index in range(num_sites)]
     with ExitStack() as stack:
         network = stack.enter_context(running_network(folder / "network", names, relay=relay))
@@ -156,6 +168,10 @@ def measure_engine(
         for name in ["relay"] if relay else names:
             path = network.kit(name) / "startup" / f"fed_{'relay' if relay else 'client'}.json"
             _redirect(network, path, counter.port)
+        if slow_mbit is not None:
+            line = stack.enter_context(SlowLine(("127.0.0.1", counter.port), slow_mbit * 1e6 / 8))
+            path = network.kit(names[0]) / "startup" / "fed_client.json"
+            path.write_text(path.read_text().replace(f"localhost:{counter.port}", f"localhost:{line.port}"))
         _prepare(network, folder, names)
         hidden = {"PYTHONPATH": str(_hide_torch(folder))} if without_torch else {}
         network.start("server", **hidden)
@@ -266,6 +282,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--stages", type=int, default=6, help="of the network: 6 are 119 MiB, 2 are 1 MiB")
     parser.add_argument("--relay", action="store_true", help="put a relay of NVFlare between server and sites")
+    parser.add_argument("--slow-mbit", type=float, help="Mbit/s of the first site's line, each way, without --relay")
     parser.add_argument("--with-torch", action="store_true", help="let the server have torch")
     parser.add_argument("--only", nargs="+", choices=("http", "engine"), default=("http", "engine"))
     parser.add_argument("--folder", type=Path)
@@ -280,7 +297,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             found[way] = (
                 measure_http(*given)
                 if way == "http"
-                else measure_engine(*given, relay=arguments.relay, without_torch=not arguments.with_torch)
+                else measure_engine(
+                    *given, relay=arguments.relay, without_torch=not arguments.with_torch, slow_mbit=arguments.slow_mbit
+                )
             )
     report(found, sum(spec.nbytes for spec in specs.values()) / MIB, arguments.sites)
     return 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import stat
 import time
 
 import pytest
 import requests
 from fake_engine import FakeChannel
-from fake_federation import in_threads, make_client, make_settings, train
-from masked_sites import masked_settings
+from fake_federation import in_threads, make_census, make_client, make_settings, served, train
+from masked_sites import MaskedSite, masked_settings
 from patience import PATIENCE_S
 
 from nnunetv2.federated.commands.join import main as join_command
@@ -20,6 +21,7 @@ from nnunetv2.federated.engine.gateway import Gateway
 from nnunetv2.federated.engine.responder import Responder
 from nnunetv2.federated.errors import FederationError, NotAllowedError
 from nnunetv2.federated.protocol.invitation import Invitation, encode_invitation
+from nnunetv2.federated.protocol.keys import CensusKey
 from nnunetv2.federated.site.credential import load_credential, save_credential
 
 
@@ -73,6 +75,42 @@ def test_sites_train_through_their_gateways(engine):
         *(lambda s=site, n=seed: train(clients[s], seed=n, num_rounds=3) for seed, site in enumerate("AB"))
     )
     assert digests[0] == digests[1] and isinstance(digests[0], str)
+
+
+@pytest.mark.parametrize("precision", ["float16", "int8"])
+def test_weights_travel_through_gateways_as_they_do_over_http(engine, tmp_path, precision):
+    settings = make_settings(precision=precision)
+    engine.coordinator.state._use_settings(settings)
+    credentials = {site: engine(site)[0].start() for site in "AB"}
+    assert {one.precision for one in credentials.values()} == {precision}
+
+    def play(credentials, files):
+        sites = [
+            MaskedSite(make_client(credentials[site]), credentials[site], files[site], seed=seed)
+            for seed, site in enumerate("AB")
+        ]
+        return in_threads(*(lambda site=site: site.train(3) for site in sites))
+
+    through = play(credentials, {site: tmp_path / site / "federated_site.json" for site in "AB"})
+    with served(tmp_path / "http" / "federation", settings) as federation:
+        credentials = {site: federation.credential(site) for site in "AB"}
+        over_http = play(credentials, {site: federation.credential_file(site) for site in "AB"})
+    assert through == over_http and len(set(through)) == 1 and isinstance(through[0], str)
+
+
+@pytest.mark.parametrize(("coordinator", "may"), [("nvflare:network/test", True), ("nvflare:network/other", False)])
+def test_an_allow_list_is_bound_to_the_federation_and_not_to_a_port(engine, tmp_path, monkeypatch, coordinator, may):
+    documents = {"census": {"fields": ["*"]}}
+    path = tmp_path / "allow.json"
+    path.write_text(json.dumps({"version": 1, "coordinator": coordinator, "documents": documents}))
+    monkeypatch.setenv("nnUNet_fed_allow", str(path))
+    for _ in range(2):  # a port for each job
+        client = make_client(engine("A")[0].start())
+        if may:
+            client.contribute(CensusKey(), make_census())
+        else:
+            with pytest.raises(NotAllowedError, match=f"sending anything to nvflare:network/test.*for {coordinator}"):
+                client.contribute(CensusKey(), make_census())
 
 
 def test_a_credential_is_private_good_for_one_job_and_gone_after_it(engine, tmp_path):

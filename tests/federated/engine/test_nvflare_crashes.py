@@ -34,6 +34,7 @@ MOMENTS = range(10 if MATRIX == "full" else 1)
 SITES = ("north", "south", "west")
 ROUNDS = 8
 PAUSE_S = 0.3
+AWAY_S = 600 if MATRIX == "full" else 60
 LONG_S = 4 * PATIENCE_S
 
 
@@ -145,6 +146,28 @@ def start_trainers(files: dict[str, Path]) -> dict[str, subprocess.Popen]:
         site: start_site_process(files[site], seed=seed, num_rounds=ROUNDS, pause_s=PAUSE_S)
         for seed, site in enumerate(SITES)
     }
+
+
+def test_commands_wait_for_an_engine_that_is_away(setup, undisturbed):
+    job, files = setup.submit("away")
+    trainers = start_trainers(files)
+    try:
+        for _ in range(2):
+            assert "round" in trainers["north"].stdout.readline()
+        server = processes_below(setup.network.processes["server"].pid)
+        for pid in server:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(AWAY_S)
+        assert all(trainer.poll() is None for trainer in trainers.values())
+        for pid in server:
+            os.kill(pid, signal.SIGCONT)
+        digests = {trainer.communicate(timeout=LONG_S)[0].split()[-1] for trainer in trainers.values()}
+        assert digests == {undisturbed}
+    finally:
+        for trainer in trainers.values():
+            trainer.kill()
+            trainer.wait()
+        setup.end(job)
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
