@@ -35,8 +35,9 @@ class FakeChannel:
         self.sent_bytes = 0
         self._line = threading.Lock()
 
-    def ask(self, frame: bytes, *, timeout_s: float) -> bytes:
+    def ask(self, frame: bytes, *, timeout_s: float, is_piece: bool = False) -> bytes:
         request, content = decode_frame(Request, frame)
+        assert is_piece == (request.op in ("piece", "read"))
         self.asked.append(request)
         if self.is_away or self.fault(request):
             raise ConnectionError("the engine is away")

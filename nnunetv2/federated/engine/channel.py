@@ -3,7 +3,7 @@
     frame    4 bytes: length n of the JSON | n bytes of JSON, a `Request` or an `Answer` | content, if any
 
 The gateway asks, the coordinator answers; nothing else is sent, but for hints that something has changed. Documents
-travel as the content of requests (`piece`) and answers (`read`), a few MiB at a time, so that a transfer that breaks
+travel as the content of requests (`piece`) and answers (`read`), 2 MiB at a time, so that a transfer that breaks
 goes on at its last piece. Who asks, the engine says: nothing in a request does.
 """
 
@@ -20,8 +20,9 @@ from nnunetv2.federated.protocol.strict_json import decode_json, encode_json
 
 Head = TypeVar("Head", "Request", "Answer")
 
-PIECE_BYTES = 4 << 20
-"""Content of one frame, at most. At 1 Mbit/s it takes half a minute."""
+PIECE_BYTES = 2 << 20
+"""Content of one frame, at most. At 1 Mbit/s it takes a quarter of a minute; some transports of NVFlare drop a
+connection that carries messages of 4 MiB."""
 LARGEST_JSON = 32 << 20
 """Bytes of the JSON of a frame: a status lists sites for every run and open exchange."""
 LENGTH_BYTES = 4
@@ -100,11 +101,12 @@ class Answer(Part):
 class Channel(Protocol):
     """The way through an engine from one site to its coordinator. Used by many threads."""
 
-    def ask(self, frame: bytes, *, timeout_s: float) -> bytes:
+    def ask(self, frame: bytes, *, timeout_s: float, is_piece: bool = False) -> bytes:
         """Send a frame and return the frame of its answer.
 
         Args:
             timeout_s: How long the engine may make no progress.
+            is_piece: Whether it is about a piece of a document, so that neither frame is larger than that.
 
         Raises:
             OSError: No answer came; the request may have arrived, or not.

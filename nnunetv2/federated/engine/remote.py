@@ -360,11 +360,13 @@ class RemoteCoordinator:
             OSError: The engine is away.
         """
         frame = encode_frame(request, content)
+        is_piece = request.op in ("piece", "read")
         deadline, pause_s = time.monotonic() + self._away_s, PAUSE_S
         while True:
             try:
                 left_s = max(1.0, deadline - time.monotonic())
-                answer, piece = decode_frame(Answer, self._channel.ask(frame, timeout_s=timeout_s or left_s))
+                reply = self._channel.ask(frame, timeout_s=timeout_s or left_s, is_piece=is_piece)
+                answer, piece = decode_frame(Answer, reply)
                 break
             except OSError as error:
                 if time.monotonic() + pause_s > deadline:

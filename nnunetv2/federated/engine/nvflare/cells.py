@@ -1,7 +1,8 @@
 """Carry frames between the jobs of sites and server, through the cells of NVIDIA FLARE.
 
-Built on what NVFlare 2.9 keeps inside: one message of its core cells per frame, without the streams and downloads above
-them, which cut messages into chunks, copy them once more and keep what is not acknowledged.
+Built on what NVFlare 2.9 keeps inside. A piece of a document is one message of its core cells, without the streams and
+downloads above them, which cut messages into chunks, copy them once more and keep what is not acknowledged. Whatever
+may be larger than a piece takes the streams.
 
 Who asks is the origin of a message, which the root server has compared with the token of its sender; never the peer
 context, which the sender writes.
@@ -28,13 +29,19 @@ class CellChannel:
     """A `Channel` from the job of a site to the job of the server."""
 
     def __init__(self, cell: Any, job: str) -> None:
-        self._cell = cell.core_cell
+        self._cell = cell
         self._server = FQCN.join([FQCN.ROOT_SERVER, job])
 
-    def ask(self, frame: bytes, *, timeout_s: float) -> bytes:
+    def ask(self, frame: bytes, *, timeout_s: float, is_piece: bool = False) -> bytes:
         """Send a frame to the server's job and return that of its answer; see `Channel`."""
-        message = new_cell_message({}, frame)
-        reply = self._cell.send_request(CHANNEL, ASK, self._server, message, timeout=timeout_s, optional=True)
+        reply = (self._cell.core_cell if is_piece else self._cell).send_request(
+            channel=CHANNEL,
+            topic=ASK,
+            target=self._server,
+            request=new_cell_message({}, frame),
+            timeout=timeout_s,
+            optional=True,
+        )
         if reply is None:
             raise ConnectionError("NVFlare has no answer")
         code = reply.get_header(MessageHeaderKey.RETURN_CODE)
@@ -49,7 +56,7 @@ class CellChannel:
             if FQCN.is_ancestor(FQCN.ROOT_SERVER, message.get_header(MessageHeaderKey.ORIGIN, "")):
                 notify(bytes(message.payload or b"")[:LONGEST_KEY].decode(errors="replace"))
 
-        self._cell.register_request_cb(CHANNEL, CHANGED, changed)
+        self._cell.core_cell.register_request_cb(CHANNEL, CHANGED, changed)
 
 
 class CellServer:
@@ -69,7 +76,7 @@ class CellServer:
         answer: Callable[[str, Frame], bytes],
         warn: Callable[[str], None],
     ) -> None:
-        self._cell = cell.core_cell
+        self._cell = cell
         self._job = job
         self._sites = sites
         self._answer = answer
@@ -78,7 +85,7 @@ class CellServer:
 
     def start(self) -> None:
         """Begin to answer."""
-        self._cell.register_request_cb(CHANNEL, ASK, self._handle)
+        self._cell.register_request_cb(channel=CHANNEL, topic=ASK, cb=self._handle)  # for streams and core cells
 
     def close(self) -> None:
         """Answer nobody any more."""
@@ -93,7 +100,8 @@ class CellServer:
             return
         try:
             targets = [FQCN.join([cell, self._job]) for cell in self._sites]
-            self._cell.fire_and_forget(CHANNEL, CHANGED, targets, new_cell_message({}, key.encode()), optional=True)
+            message = new_cell_message({}, key.encode())
+            self._cell.core_cell.fire_and_forget(CHANNEL, CHANGED, targets, message, optional=True)
         except Exception as error:  # noqa: BLE001 - the engine's; what is told comes anyway
             self._warn(f"the sites were not told of {key}: {error}")
 
