@@ -180,10 +180,9 @@ class Responder:
                 f"a piece from byte {request.offset} to {end} does not go into {request.size} bytes",
                 code="incomplete_request",
             )
-        if request.offset == 0:  # what is not wanted is refused before it travels
-            receipt = self._coordinator.offer(request.name, site, digest, request.size)
-            if receipt is not None:
-                return Held(receipt=receipt)
+        receipt = self._coordinator.offer(request.name, site, digest, request.size)  # each time: the size is a claim
+        if receipt is not None:
+            return Held(receipt=receipt)
         if end < request.size:
             uploads = self._coordinator.uploads
             with uploads.writing(request.name, site, digest, offset=request.offset) as upload:

@@ -239,6 +239,13 @@ def test_only_a_site_that_was_shown_a_file_may_read_it(ends):
     assert refused.value.code == "not_open"
 
 
+@pytest.mark.parametrize("offset", [0, 3])
+def test_what_is_too_large_is_refused_at_any_piece(ends, offset):
+    large = Request(op="piece", name=CensusKey(), digest="0" * 64, size=10**12, offset=offset)
+    answer, _ = decode_frame(Answer, ends.responder.answer("A", encode_frame(large, b"abc")))
+    assert answer.problem.code == "too_large"
+
+
 def test_what_was_damaged_is_not_kept(ends):
     ends.begin()
     frame = encode_frame(Request(op="piece", name=CensusKey(), digest="0" * 64, size=3), b"abc")
