@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.federation import MIB, RoundCosts, measure_idle, play_measured_round
+from benchmarks.federation import DISK_PROBES, MIB, RoundCosts, measure_idle, play_measured_round
 from benchmarks.federation_coordinator import Memory
 
 OVER_IDLE_MIB = 64
@@ -51,7 +51,7 @@ def measure_rounds(folder: Path, numbers: Sequence[int]) -> None:
     """Print what a round costs, for each number of sites that the disk has room for."""
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
     for number in numbers:
-        needed = (2 * number + 8) * 120 * MIB  # the updates, and what the disk's rate is told by
+        needed = (number + min(number, DISK_PROBES) + 8) * 120 * MIB  # the updates, and what tells the disk's rate
         if shutil.disk_usage(folder).free < needed:
             print(f"| {number} | not measured: {folder} has less than {needed / MIB / 1024:.0f} GiB free |", flush=True)
             continue
