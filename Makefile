@@ -37,7 +37,7 @@ $(NVFLARE)/.installed: setup.py constraints-cpu.txt
 demo: $(VENV)/.installed  ## three sites train one model on phantom scans; SECURE=1: behind masks
 	$(VENV)/bin/python -m demo $(if $(SECURE),--secure)
 
-test: $(VENV)/.installed $(REFERENCE)/.installed $(NVFLARE)/.installed lint  ## lint, and all tests: a quarter of an hour
+test: $(VENV)/.installed $(REFERENCE)/.installed $(NVFLARE)/.installed lint  ## lint, and all tests: twenty minutes
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 
 quick: $(VENV)/.installed  ## the tests that a change should pass while it is being made

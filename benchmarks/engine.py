@@ -28,7 +28,7 @@ from benchmarks.byte_counter import ByteCounter
 from benchmarks.federation import MIB, RUN, network_specs, registration_of
 from benchmarks.federation_coordinator import Memory, address, make_federation, running
 from benchmarks.federation_load import SlowLine
-from benchmarks.nvflare_network import Network, processes_below, running_network
+from benchmarks.nvflare_network import Network, hide_torch, processes_below, running_network
 from nnunetv2.federated.commands.engine import main as engine_command
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, file_digest
@@ -173,7 +173,7 @@ def measure_engine(
             path = network.kit(names[0]) / "startup" / "fed_client.json"
             path.write_text(path.read_text().replace(f"localhost:{counter.port}", f"localhost:{line.port}"))
         _prepare(network, folder, names)
-        hidden = {"PYTHONPATH": str(_hide_torch(folder))} if without_torch else {}
+        hidden = {"PYTHONPATH": str(hide_torch(folder))} if without_torch else {}
         network.start("server", **hidden)
         for name in [*(["relay"] if relay else []), *names]:
             network.start(name)
@@ -225,22 +225,6 @@ def _prepare(network: Network, folder: Path, names: Sequence[str]) -> None:
                 *("--attach", "--trainers", "nnUNetTrainerFedAvg", "--env", f"nnUNet_raw={folder / 'raw'}"),
             ]
         )
-
-
-def _hide_torch(folder: Path) -> Path:
-    """Return a folder that makes Python believe that torch is not installed."""
-    code = (
-        "import sys\n"
-        "class Hidden:\n"
-        "    @staticmethod\n"
-        "    def find_spec(name, path=None, target=None):\n"
-        "        if name == 'torch':\n"
-        "            raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n"
-        "sys.meta_path.insert(0, Hidden)\n"
-    )
-    (folder / "hook").mkdir()
-    (folder / "hook" / "sitecustomize.py").write_text(code)
-    return folder / "hook"
 
 
 def _job_pid(server: int) -> int:

@@ -64,6 +64,22 @@ def processes_below(pid: int) -> set[int]:
     return found
 
 
+def hide_torch(folder: Path) -> Path:
+    """Return a folder that makes Python believe that torch is not installed."""
+    code = (
+        "import sys\n"
+        "class Hidden:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        if name == 'torch':\n"
+        "            raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')\n"
+        "sys.meta_path.insert(0, Hidden)\n"
+    )
+    (folder / "without_torch").mkdir()
+    (folder / "without_torch" / "sitecustomize.py").write_text(code)
+    return folder / "without_torch"
+
+
 class Network:
     """A provisioned network, and its processes once they are started.
 

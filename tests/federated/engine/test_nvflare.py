@@ -12,9 +12,9 @@ import requests
 from fake_federation import in_threads, make_client, served
 from masked_sites import MaskedSite, masked_settings
 from patience import PATIENCE_S
-from small_sites import make_sites, plan_command, shrink_plans, train_command
+from small_sites import CONFIGURATION, make_sites, plan_command, shrink_plans, train_command
 
-from benchmarks.nvflare_network import ENDED, PYTHON, Network, listening_addresses, running_network
+from benchmarks.nvflare_network import ENDED, PYTHON, Network, hide_torch, listening_addresses, running_network
 from nnunetv2.federated.commands.engine import main as engine_command
 from nnunetv2.federated.commands.simulate import find_command, run_everywhere, running_coordinator
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
@@ -117,7 +117,7 @@ def setup(tmp_path_factory):
         setup = Setup(folder, network)
         (folder / "hook").mkdir()
         (folder / "hook" / "sitecustomize.py").write_text(FORGERY.format(flag=str(setup.forgery)))
-        network.start("server")
+        network.start("server", PYTHONPATH=str(hide_torch(folder)))  # a coordinator needs none
         for name in SITES:
             network.start(name, **({"PYTHONPATH": str(folder / "hook")} if name == "west" else {}))
         network.wait_for_sites(PATIENCE_S)
@@ -155,6 +155,25 @@ def test_a_participant_that_does_not_list_our_class_refuses_the_job(setup, capsy
             setup.network.allow(name, line)
     setup.configure("--attach")
     assert "Jobs are refused until" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config_fed_server.json", lambda c: c["workflows"][0]["args"]["task"].update(folder="/tmp/elsewhere")),
+        ("config_fed_client.json", lambda c: c["executors"][0]["executor"]["args"]["task"].update(command=["id"])),
+    ],
+)
+def test_a_job_that_asks_for_more_than_jobs_may_is_refused_before_anything_starts(setup, file, change):
+    folder = setup.folder / "jobs" / f"changed.{file}"
+    engine_command(["job", str(folder), "--federation", "changed", "--sites", *SITES])
+    setup.network.edit(folder / "app" / "config" / file, change)
+    status = setup.network.wait_for_job(setup.network.submit(folder), PATIENCE_S)
+    assert status != "FINISHED:COMPLETED"
+    assert not any(setup.credential_file("changed", site).exists() for site in SITES)
+    assert "the job is none that nnUNetv2_fed_engine job has written" in "".join(
+        setup.network.log(name) for name in ("server", *SITES)
+    )
 
 
 def test_masked_updates_have_the_same_sum_as_over_http(setup, tmp_path):
@@ -235,3 +254,21 @@ def test_commands_end_with_the_bits_of_the_same_commands_over_http(setup, tmp_pa
     through_engine, over_http = digests(setup.federations / "liver"), digests(tmp_path / "coordinator")
     assert through_engine == over_http
     assert len({key for key, _ in over_http}) >= 10
+    _check_that_the_model_predicts(setup, tmp_path)
+
+
+def _check_that_the_model_predicts(setup: Setup, folder: Path) -> None:
+    """Predict with the model that a server without torch has written."""
+    site = setup.sites[0]
+    model = setup.federations / "liver" / "models" / f"nnUNetTrainerAsymFedAvg__nnUNetPlans__{CONFIGURATION}"
+    images = Path(site.environment["nnUNet_raw"]) / f"Dataset{site.dataset}_Phantom" / "imagesTs"
+    run_everywhere(
+        [site],
+        lambda _: [
+            *("nnUNetv2_predict_from_modelfolder", "-m", str(model), "-f", "0", "-i", str(images)),
+            *("-o", str(folder / "out"), "-device", "cpu", "-npp", "1", "-nps", "1"),
+        ],
+        step="predict",
+        log_folder=folder / "logs",
+    )
+    assert list((folder / "out").glob("*.nii.gz"))
