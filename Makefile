@@ -5,10 +5,11 @@ PYTHON ?= python3
 WORKERS ?= 2
 VENV ?= .venv
 REFERENCE ?= .venv-reference
+NVFLARE ?= .venv-nvflare
 SOURCES = nnunetv2 tests benchmarks demo documentation setup.py
 PYTEST = $(VENV)/bin/python -m pytest --durations=15
 
-.PHONY: help demo test quick coverage parity reference federation-matrix lint format typing-baseline clean
+.PHONY: help demo test quick coverage parity reference engine nvflare federation-matrix lint format typing-baseline clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 25
@@ -25,23 +26,36 @@ $(REFERENCE)/.installed: constraints-cpu.txt
 	$(REFERENCE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch nnunetv2==2.8.1
 	touch $@
 
+# The engine's own requirements, Flask and gRPC among them, stay out of the environment that everything else is tested in.
+$(NVFLARE)/.installed: setup.py constraints-cpu.txt
+	$(PYTHON) -m venv $(NVFLARE)
+	$(NVFLARE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt torch
+	$(NVFLARE)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[nvflare]"
+	$(NVFLARE)/bin/python -m pip check
+	touch $@
+
 demo: $(VENV)/.installed  ## three sites train one model on phantom scans; SECURE=1: behind masks
 	$(VENV)/bin/python -m demo $(if $(SECURE),--secure)
 
-test: $(VENV)/.installed $(REFERENCE)/.installed lint  ## lint, and all tests: a quarter of an hour
+test: $(VENV)/.installed $(REFERENCE)/.installed $(NVFLARE)/.installed lint  ## lint, and all tests: twenty minutes
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 
 quick: $(VENV)/.installed  ## the tests that a change should pass while it is being made: two minutes
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not parity"
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not parity and not engine"
 
 # A target of its own, since tracing costs half of the time again.
 coverage: $(VENV)/.installed  ## the quick tests, and the share of lines that they run
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not parity" --cov --cov-report=term:skip-covered
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not parity and not engine" --cov --cov-report=term:skip-covered
 
 parity: $(VENV)/.installed $(REFERENCE)/.installed  ## the comparison with the reference release
 	$(PYTEST) tests/parity
 
 reference: $(REFERENCE)/.installed  ## the virtual environment of the reference release
+
+engine: $(VENV)/.installed $(NVFLARE)/.installed  ## federations on a network of NVIDIA FLARE, on the loopback interface: four minutes
+	OMP_NUM_THREADS=1 $(PYTEST) -m engine
+
+nvflare: $(NVFLARE)/.installed  ## the virtual environment of NVIDIA FLARE
 
 # `make test` runs fewer of each.
 federation-matrix: $(VENV)/.installed  ## crashes, cut networks and invented requests in full number: half an hour
@@ -62,4 +76,4 @@ typing-baseline: $(VENV)/.installed  ## note that mypy finds fewer errors than b
 	$(VENV)/bin/python tests/lint/typing_baseline.py --update
 
 clean:  ## remove what these targets made
-	rm -rf $(VENV) $(REFERENCE) demo-output build .coverage* .mypy_cache .import_linter_cache *.egg-info
+	rm -rf $(VENV) $(REFERENCE) $(NVFLARE) demo-output build .coverage* .mypy_cache .import_linter_cache *.egg-info

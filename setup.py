@@ -42,6 +42,7 @@ COMMANDS = {
     "nnUNetv2_fed_check": "site_check.command:check_entry",
     "nnUNetv2_fed_simulate": "federated.commands.simulate:simulate_entry",
     "nnUNetv2_fed_compare": "comparison.command:compare_entry",
+    "nnUNetv2_fed_engine": "federated.commands.engine:engine_entry",
 }
 
 setup(
@@ -123,6 +124,8 @@ setup(
         "secure": ["cryptography>=42"],
         # trainings with differential privacy; its versions of attrs and numpy are bounded above
         "dp": ["dp-accounting>=0.6"],
+        # a federation through NVIDIA FLARE; bounded above, since it is built on the inside of its cells
+        "nvflare": ["nvflare>=2.9,<2.10"],
         # loggers and an optimizer that trainers use on request
         "wandb": ["wandb"],
         "tensorboard": ["tensorboard"],

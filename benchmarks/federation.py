@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +50,8 @@ RUN = keys.run_name("3d_fullres", "0", "nnUNetTrainerFedAvg")
 DISTINCT_UPDATES = 4
 LOAD_PROCESSES = 2
 HISTORY_ROUNDS = 1000
+DISK_PROBES = 64
+"""Files of which the disk's rate is told."""
 
 
 def network_specs(num_stages: int = 6) -> dict[str, TensorSpec]:
@@ -94,13 +96,13 @@ def sampled_memory(pid: int) -> Iterator[list[Memory]]:
 
 
 # ------------------------------------------------------------------------------------------------------ preparations
-def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
-    """Let all sites of a federation register and agree on the initial weights."""
+def registration_of(specs: dict[str, TensorSpec]) -> messages.Registration:
+    """Return the registration of a site whose network has these tensors."""
     entries = tuple(messages.TensorEntry(name=name, dtype=spec.dtype, shape=spec.shape) for name, spec in specs.items())
     data = messages.TrainingData(
         channel_names={"0": "CT"}, labels={"background": 0, "a": 1, "b": 2}, file_ending=".nii.gz"
     )
-    registration = messages.Registration(
+    return messages.Registration(
         configuration="3d_fullres",
         fold="0",
         trainer="nnUNetTrainerFedAvg",
@@ -111,6 +113,10 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
         requires_equal_plans=False,
         tensors=entries,
     )
+
+
+def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
+    """Let all sites of a federation register and agree on the initial weights."""
     with Store(folder) as store:
         coordinator = Coordinator(store, log=lambda line: None)
         coordinator.worker.start()
@@ -121,7 +127,7 @@ def begin_run(folder: Path, specs: dict[str, TensorSpec]) -> None:
             coordinator.contribute(key, site, path, digest, path.stat().st_size)
 
         for site in coordinator.settings.sites:
-            send(RegistrationKey(RUN), site, registration, {})
+            send(RegistrationKey(RUN), site, registration_of(specs), {})
         wait_until(lambda: coordinator.state.registry.is_closed(RegistrationKey(RUN)))
         owners = coordinator.state.documents.agreement(RUN).match.initial_owner
         for site in coordinator.settings.sites:
@@ -199,47 +205,95 @@ def _send_file(port: int, path: Path, number: int) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ measurements
-def measure_round(folder: Path, num_sites: int) -> float:
-    """Let all sites take part in one round, print the rates, and return the coordinator's peak of memory over idle."""
+@dataclass(frozen=True)
+class RoundCosts:
+    """What one round of so many sites has cost the coordinator, beside what disk and loopback can do."""
+
+    num_sites: int
+    size: float
+    """Of one site's update, in MiB, as are all sizes."""
+    idle: Memory
+    peak: Memory
+    cpu: float
+    """Seconds of processor time."""
+    upload: float
+    download: float
+    """MiB/s of all sites together."""
+    closing: float
+    """Seconds for the sum."""
+    alone: float
+    """GiB that are summed per second of processor time."""
+    disk: list[float]
+    loopback: list[float]
+
+    @property
+    def total(self) -> float:
+        """Return the MiB of all updates."""
+        return self.num_sites * self.size
+
+    @property
+    def over_idle(self) -> float:
+        """Return the peak of memory over idle."""
+        return self.peak.rss - self.idle.rss
+
+
+def play_measured_round(folder: Path, num_sites: int) -> RoundCosts:
+    """Let all sites take part in one round, and measure what that costs."""
     specs = network_specs()
     size = sum(spec.nbytes for spec in specs.values())
     updates = make_updates(folder, specs, min(num_sites, DISTINCT_UPDATES))
     tokens = make_federation(folder / "federation", num_sites)
     begin_run(folder / "federation", specs)
-    total = num_sites * size / MIB
+    probes = min(num_sites, DISK_PROBES)
     with running(folder / "federation") as coordinator:
         time.sleep(1)
         idle = Memory.of(coordinator.process.pid)
-        disk = [disk_rate(folder, size, num_sites)]
+        disk = [disk_rate(folder, size, probes)]
         loopback = [loopback_rate(updates[0][0])]
         before = coordinator.cpu_seconds()
         with sampled_memory(coordinator.process.pid) as samples:
             times = play(coordinator.url, tokens, updates)
         cpu = coordinator.cpu_seconds() - before
-        disk.append(disk_rate(folder, size, num_sites))
+        disk.append(disk_rate(folder, size, probes))
         loopback.append(loopback_rate(updates[0][0]))
         alone = aggregation_per_core(folder / "federation", folder / "again")
         closing = float(re.search(r"round 0 is closed.*, ([0-9.]+) s to compute", coordinator.log.read_text())[1])
-    upload = total / (max(one.last_receipt for one in times) - times[0].begin)
-    download = total / (max(one.last_result for one in times) - max(one.last_receipt for one in times) - closing)
-    limit = min(statistics.mean(disk), statistics.mean(loopback))
-    peak = samples[-1]
-    print(f"\n{num_sites} sites, {size / MIB:.1f} MiB each; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
-    print(f"  limits: disk with fsync {_range(disk)}, loopback {_range(loopback)} MiB/s")
-    print(f"  upload {upload:.0f} MiB/s: {upload / limit:.0%} of the lower limit (wanted: 80 %)")
-    print(
-        f"  aggregation {total / 1024 / closing:.2f} GiB/s in {closing:.2f} s; {alone:.2f} GiB per second of "
-        "processor time (wanted: 1.5 GiB/s)"
+    total = num_sites * size / MIB
+    receipts, results = max(one.last_receipt for one in times), max(one.last_result for one in times)
+    return RoundCosts(
+        num_sites=num_sites,
+        size=size / MIB,
+        idle=idle,
+        peak=samples[-1],
+        cpu=cpu,
+        upload=total / (receipts - times[0].begin),
+        download=total / (results - receipts - closing),
+        closing=closing,
+        alone=alone,
+        disk=disk,
+        loopback=loopback,
     )
-    print(f"  download about {download:.0f} MiB/s; processor time of the coordinator {cpu:.1f} s")
-    print(f"  memory idle: {idle}; peak: {peak}")
-    allowed = 1.5 * size / MIB + 64
+
+
+def measure_round(folder: Path, num_sites: int) -> float:
+    """Let all sites take part in one round, print the rates, and return the coordinator's peak of memory over idle."""
+    found = play_measured_round(folder, num_sites)
+    limit = min(statistics.mean(found.disk), statistics.mean(found.loopback))
+    print(f"\n{num_sites} sites, {found.size:.1f} MiB each; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(f"  limits: disk with fsync {_range(found.disk)}, loopback {_range(found.loopback)} MiB/s")
+    print(f"  upload {found.upload:.0f} MiB/s: {found.upload / limit:.0%} of the lower limit (wanted: 80 %)")
     print(
-        f"  peak over idle: RSS {peak.rss - idle.rss:.0f}, anonymous {peak.anonymous - idle.anonymous:.0f} MiB "
-        f"(wanted: at most {allowed:.0f})",
+        f"  aggregation {found.total / 1024 / found.closing:.2f} GiB/s in {found.closing:.2f} s; {found.alone:.2f} GiB "
+        "per second of processor time (wanted: 1.5 GiB/s)"
+    )
+    print(f"  download about {found.download:.0f} MiB/s; processor time of the coordinator {found.cpu:.1f} s")
+    print(f"  memory idle: {found.idle}; peak: {found.peak}")
+    print(
+        f"  peak over idle: RSS {found.over_idle:.0f}, anonymous {found.peak.anonymous - found.idle.anonymous:.0f} MiB "
+        f"(wanted: at most {1.5 * found.size + 64:.0f})",
         flush=True,
     )
-    return peak.rss - idle.rss
+    return found.over_idle
 
 
 def aggregation_per_core(federation: Path, out_path: Path) -> float:
@@ -280,8 +334,8 @@ def _range(values: Sequence[float]) -> str:
     return " and ".join(f"{value:.0f}" for value in values)
 
 
-def measure_idle(folder: Path, num_sites: int, seconds: float = 60.0) -> None:
-    """Let sites wait for an exchange that does not close, and print what that costs the coordinator."""
+def measure_idle(folder: Path, num_sites: int, seconds: float = 60.0) -> tuple[float, Memory]:
+    """Let sites wait for an exchange that does not close; print and return the share of a core, and the memory."""
     tokens = make_federation(folder / "federation", num_sites)
     with (
         running(folder / "federation") as coordinator,
@@ -298,6 +352,7 @@ def measure_idle(folder: Path, num_sites: int, seconds: float = 60.0) -> None:
             f"{seconds:.0f} s; {Memory.of(coordinator.process.pid)}",
             flush=True,
         )
+        return share, Memory.of(coordinator.process.pid)
 
 
 def measure_line(folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -82,8 +83,10 @@ class Running:
 
     def start(self) -> None:
         """Start it and wait until it answers a request."""
-        state, begin = self.folder / "coordinator.json", time.monotonic()
-        state.unlink(missing_ok=True)
+        state, operator_file = self.folder / "coordinator.json", self.folder / "operator.json"
+        begin = time.monotonic()
+        for file in (state, operator_file):
+            file.unlink(missing_ok=True)
         code = "import sys; from nnunetv2.federated.commands.coordinator import main; sys.exit(main(sys.argv[1:]))"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
@@ -92,18 +95,17 @@ class Running:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
             )
-        while not state.exists():
+        while not (state.exists() and operator_file.exists()):
             if self.process.poll() is not None:
                 raise RuntimeError(self.log.read_text())
             time.sleep(0.01)
         self.url = json.loads(state.read_text())["url"]
-        token = (
-            json.loads((self.folder / "operator.json").read_text())["token"]
-            if (self.folder / "operator.json").exists()
-            else None
+        operator = json.loads(operator_file.read_text())
+        request = urllib.request.Request(
+            f"{self.url}/v1/settings", headers={"Authorization": f"Bearer {operator['token']}"}
         )
-        request = urllib.request.Request(f"{self.url}/v1/settings", headers={"Authorization": f"Bearer {token}"})
-        with suppress_http_error(), urllib.request.urlopen(request, timeout=10):
+        trust = ssl.create_default_context(cafile=operator.get("authority"))
+        with suppress_http_error(), urllib.request.urlopen(request, timeout=10, context=trust):
             pass
         self.seconds_to_start = time.monotonic() - begin
         self.cpu_to_start = self.cpu_seconds()

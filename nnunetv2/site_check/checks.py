@@ -169,12 +169,12 @@ def _check_data(folders: DatasetFolders, request: Request) -> list[Finding]:
 
 def _check_permission(results: Results, training: PlannedTraining, credential: SiteCredential) -> bool:
     """Ask the allow-list; return whether it is for this coordinator, so that a dummy round may go there."""
-    results.add("permission", lambda: [check_permission(training.documents, url=credential.url)])
+    results.add("permission", lambda: [check_permission(training.documents, url=credential.coordinator)])
     try:
         allow = load_allow_list()
     except FederationError:
         return False
-    return allow is None or allow.coordinator in (None, credential.url)
+    return allow is None or allow.coordinator in (None, credential.coordinator)
 
 
 def _check_gpu(results: Results, request: Request, training: PlannedTraining) -> float | None:

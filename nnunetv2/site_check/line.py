@@ -86,6 +86,9 @@ def check_line(
         answer, clock = _ask_for_settings(credential, now)
         line.findings.extend([answer[1], clock])
         line = replace(line, settings=answer[0])
+        if credential.through is not None:
+            sentence = f"No dummy round: {credential.through} carries all traffic, and only its gateway is here."
+            return _with(line, _finding(name="dummy_round_refused", state="note", sentence=sentence))
         if not may_send:
             sentence = "No dummy round: this site's allow-list is for another coordinator."
             return _with(line, _finding(name="dummy_round_refused", state="note", sentence=sentence))

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from fake_engine import Gateways
 from patience import MUCH_LONGER_S, PATIENCE_S
 from starlette.applications import Starlette
 
@@ -43,6 +44,8 @@ LABELS = {"background": 0, "liver": 1}
 RUN = "3d_fullres.fold_0.nnUNetTrainerFake"
 SHAPES = {"encoder.weight": (4, 3), "encoder.bias": (4,), "head.weight": (2, 4)}
 ALIASES = {"decoder.encoder.weight": "encoder.weight"}
+THROUGH_GATEWAYS = False
+"""Whether `served` puts the gateways of a fake engine in front of its coordinators."""
 
 
 # --------------------------------------------------------------------------------------------------------- messages
@@ -199,7 +202,8 @@ def served(folder: Path, settings: FederationSettings, limits: Limits = Limits()
         listener = open_socket("127.0.0.1", 0)
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         app = build_app(coordinator, Endpoint(url), limits=limits)
-        server = GuardedServer(guarded_config(app, timeout_graceful_shutdown=2), limits)
+        gateways = Gateways(app, coordinator, folder.with_name(f"{folder.name}.gateways")) if THROUGH_GATEWAYS else None
+        server = GuardedServer(guarded_config(gateways or app, timeout_graceful_shutdown=2), limits)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         wait_until(lambda: server.started)
@@ -210,6 +214,8 @@ def served(folder: Path, settings: FederationSettings, limits: Limits = Limits()
             server.should_exit = True
             thread.join(PATIENCE_S)
             listener.close()
+            if gateways is not None:
+                gateways.close()
             assert not thread.is_alive()
 
 

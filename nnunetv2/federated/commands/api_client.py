@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeVar, overload
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError, NotJoinedError, RefusedError
 from nnunetv2.federated.protocol.certificates import load_chain
 from nnunetv2.federated.site.authority import explain_untrusted
-from nnunetv2.federated.site.credential import SiteCredential, load_credential
+from nnunetv2.federated.site.credential import OPERATOR_FILE, SiteCredential, load_credential
 from nnunetv2.federated.site.transports.opener import open_url
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     Model = TypeVar("Model", bound=BaseModel)
 
 DEFAULT_FOLDER = Path("nnUNet_federation")
-OPERATOR_FILE = "operator.json"
 TIMEOUT_S = 60.0
 LARGEST_ANSWER = 32 << 20
 

@@ -142,6 +142,8 @@ def describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
 def _describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
     if kind in ("invitation", "revocation"):
         return f"{detail.get('member')}" + (f" as {detail['role']}" if "role" in detail else "")
+    if kind == "admission":
+        return f"{', '.join(detail['sites'])} through NVFlare"
     if kind == "failure":
         number = detail.get("round")
         return f"{detail.get('run')}{'' if number is None else f' round {number}'}: {detail.get('reason')}"

@@ -15,15 +15,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from nnunetv2.federated.commands.api_client import OPERATOR_FILE
-from nnunetv2.federated.commands.coordinator_options import DEFAULT_EPOCHS, METHODS, build_parser
+from nnunetv2.federated.commands.coordinator_options import build_parser
 from nnunetv2.federated.coordinator.http.listen_address import ListenAddress, open_socket, settle_address, tls_options
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.privacy.cryptography_library import require_cryptography
 from nnunetv2.federated.protocol.invitation import check_site_name
-from nnunetv2.federated.site.credential import SiteCredential, new_token, save_credential
+from nnunetv2.federated.protocol.rounds import DEFAULT_EPOCHS
+from nnunetv2.federated.site.credential import OPERATOR_FILE, SiteCredential, new_token, save_credential
 from nnunetv2.utilities.plain_text import shell_command, show
 
 if TYPE_CHECKING:
@@ -37,34 +37,15 @@ if TYPE_CHECKING:
 
 DEFAULT_SITES = ("site1", "site2", "site3")
 STATE_FILE = "coordinator.json"
-FIRST_SETTINGS = "first_settings"
-"""Under this name, the store keeps the settings that a federation was created with."""
 STOP_TIMEOUT_S = 5
 """Seconds that downloads may still take after the coordinator was told to stop; sites resume them."""
-
-SETTINGS_OF_OPTIONS = {
-    "sites": "sites",
-    "epochs": "num_epochs",
-    "iterations": "num_iterations_per_epoch",
-    "val_iterations": "num_val_iterations_per_epoch",
-    "matching": "matching",
-    "weighting": "weighting",
-    "precision": "precision",
-    "exchange_every": "exchange_every",
-    "quorum": "quorum",
-    "deadline": "deadline_s",
-    "late_updates": "late_updates",
-    "validate_every": "validate_every",
-    "min_sites": "min_sites",
-    "secure": "secure",
-    "geometry": "geometry",
-    **{name: name for name in METHODS},
-}
 
 
 # -------------------------------------------------------------------------------------------------------- settings
 def given_settings(arguments: argparse.Namespace) -> dict[str, object]:
     """Return the settings that were given on the command line, by their names in FederationSettings."""
+    from nnunetv2.federated.coordinator.founding import SETTINGS_OF_OPTIONS
+
     given = {
         SETTINGS_OF_OPTIONS[option]: value
         for option, value in vars(arguments).items()
@@ -88,27 +69,6 @@ def secure_settings(arguments: argparse.Namespace) -> Secure:
     return validated(lambda: Secure(k=arguments.secure), "--secure")
 
 
-def with_geometry(given: dict[str, object], stored: Secure | None) -> dict[str, object]:
-    """Return the given settings with `--geometry` as a part of `--secure`.
-
-    Where it is not given, it stays as it is.
-
-    Raises:
-        FederationError: It is given without `--secure`.
-    """
-    given = dict(given)
-    geometry = given.pop("geometry", None)
-    if "secure" not in given:
-        if geometry is not None:
-            raise FederationError(
-                f"--geometry {geometry} needs --secure: in clear, the coordinator sees spacings and shapes of each site"
-            )
-        return given
-    secure = cast("Secure", given["secure"])
-    told = geometry or ("list" if stored is None else stored.geometry)
-    return {**given, "secure": secure.model_copy(update={"geometry": told})}
-
-
 def digest_of_weights(path: Path) -> str:
     """Return the SHA-256 of a checkpoint that is to be handed to all sites."""
     from nnunetv2.federated.protocol.document import file_digest
@@ -122,15 +82,13 @@ def digest_of_weights(path: Path) -> str:
 
 def new_settings(given: dict[str, object], folder: Path) -> FederationSettings:
     """Return the settings of a new federation in a folder."""
+    from nnunetv2.federated.coordinator.founding import check_settings, with_implied
     from nnunetv2.federated.protocol.api import FederationSettings
     from nnunetv2.federated.protocol.strict_json import validated
 
     if "sites" not in given:
         given = {**given, "sites": ask_for_sites(folder)}
-    if (k := getattr(given.get("secure"), "k", None)) is not None:
-        given = {"min_sites": k, **given}
-    if given.get("networks") == "own":
-        given = {"matching": "resolution", **given}
+    given = with_implied(given, k=getattr(given.get("secure"), "k", None))
     values = {"federation": f"federation-{secrets.token_hex(4)}", "num_epochs": DEFAULT_EPOCHS, **given}
     settings = validated(lambda: FederationSettings.model_validate(values), "the command line")
     check_settings(settings)
@@ -157,72 +115,6 @@ def ask_for_sites(folder: Path) -> tuple[str, ...]:
     return tuple(sorted(check_site_name(word) for word in words or DEFAULT_SITES))
 
 
-def check_settings(settings: FederationSettings) -> None:
-    """Raise FederationError if the settings contradict each other."""
-    from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
-    from nnunetv2.federated.protocol.api import (
-        check_finetuning,
-        check_floor,
-        check_late_updates,
-        check_quorum,
-        check_rounds,
-    )
-
-    num_sites = len(settings.sites)
-    if num_sites < 2:
-        raise FederationError(f"a federation has at least two sites, got {', '.join(settings.sites) or 'none'}")
-    if len({site.lower() for site in settings.sites}) != num_sites:
-        raise FederationError("names of sites must differ in more than upper and lower case")
-    check_secure_settings(settings)
-    check_quorum(settings)
-    check_floor(settings)
-    check_late_updates(settings)
-    check_rounds(settings)
-    check_finetuning(settings)
-
-
-def check_unchanged(
-    stored: FederationSettings, first: FederationSettings, given: dict[str, object], folder: Path
-) -> None:
-    """Raise FederationError, naming the difference, if the command line contradicts an existing federation.
-
-    Args:
-        first: The settings that it was created with. A service repeats them at each start; what an operator has
-            changed since then stays.
-    """
-    options = {name: option for option, name in SETTINGS_OF_OPTIONS.items()}
-    for name, value in given.items():
-        present = getattr(stored, name)
-        if value not in (present, getattr(first, name)):
-            was, wanted = map(_in_words, (present, value))
-            raise FederationError(
-                f"{folder} holds a federation with --{options[name].replace('_', '-')} {was}, not "
-                f"{wanted}: leave the option out, or start a new federation in another --folder"
-            )
-
-
-def describe_overruled(stored: FederationSettings, given: dict[str, object]) -> Iterator[str]:
-    """Yield a line for every option of the first start that is repeated in vain."""
-    options = {name: option for option, name in SETTINGS_OF_OPTIONS.items()}
-    for name, value in given.items():
-        present = getattr(stored, name)
-        if value != present:
-            was, wanted = map(_in_words, (present, value))
-            yield (
-                f"--{options[name].replace('_', '-')} {wanted} is that of the first start and has no effect: an "
-                f"operator has changed it to {was} since"
-            )
-
-
-def _in_words(value: object) -> object:
-    """Return a setting as it is typed."""
-    from nnunetv2.federated.protocol.api import Secure
-
-    if isinstance(value, tuple):
-        return " ".join(value)
-    return f"{value.k} --geometry {value.geometry}" if isinstance(value, Secure) else value
-
-
 def open_federation(
     store: Store, given: dict[str, object], *, initial_weights: Path | None = None
 ) -> FederationSettings:
@@ -233,12 +125,9 @@ def open_federation(
     Args:
         initial_weights: The checkpoint whose digest is in `given`.
     """
-    from nnunetv2.federated.coordinator.members import create_federation
-    from nnunetv2.federated.protocol.api import FederationSettings
+    from nnunetv2.federated.coordinator.founding import check_membership, settle
 
-    settings = store.load_settings()
-    given = with_geometry(given, None if settings is None else settings.secure)
-    if settings is None:
+    def found(given: dict[str, object]) -> FederationSettings:
         settings = new_settings(given, store.folder)
         if initial_weights is not None and settings.initial_weights is not None:
             from nnunetv2.federated.coordinator.models.checkpoint_reader import write_weights
@@ -246,15 +135,10 @@ def open_federation(
             target = store.given_path(settings.initial_weights)
             target.parent.mkdir(mode=0o700, exist_ok=True)
             write_weights(initial_weights, target, settings.precision)
-        create_federation(store, settings, now=time.time())
-        store.save_meta(FIRST_SETTINGS, settings.model_dump(mode="json"))
-    first = store.load_meta(FIRST_SETTINGS)
-    check_unchanged(settings, FederationSettings.model_validate(first) if first else settings, given, store.folder)
-    for line in describe_overruled(settings, given):
-        log(line)
-    if settings.secure is not None:
-        require_cryptography("--secure")
-    return settings
+        return settings
+
+    check_membership(store, "invitations")
+    return settle(store, given, found=found, membership="invitations", log=log)
 
 
 # ----------------------------------------------------------------------------------------------------------- serve

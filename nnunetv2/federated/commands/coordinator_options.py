@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from nnunetv2.federated.coordinator.http.listen_address import DEFAULT_HOST, DEFAULT_PORT
-
-DEFAULT_EPOCHS = 1000
+from nnunetv2.federated.protocol.rounds import DEFAULT_EPOCHS
 
 METHODS = ("networks", "labels", "proximal", "keep_local", "finetune_epochs", "initial_weights")
 """Options that say how sites train that differ; the settings have the same names."""

@@ -36,8 +36,8 @@ def describe(documents: Sequence[Disclosure], credential: SiteCredential | None)
         yield "This site has not joined a federation. What is listed here would go to the coordinator that it joins."
     else:
         yield (
-            f"Site {credential.site} sends this to the coordinator of {credential.federation} at {credential.url}, "
-            "and to nobody else:"
+            f"Site {credential.site} sends this to the coordinator of {credential.federation} at "
+            f"{credential.coordinator}, and to nobody else:"
         )
     listed: Mapping[str, TensorSpec] = {}
     for document in documents:
@@ -249,7 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         path = arguments.write_allow_list.expanduser()
         path.parent.mkdir(parents=True, exist_ok=True)
-        allowed = allow_list_of(documents, coordinator=None if credential is None else credential.url)
+        allowed = allow_list_of(documents, coordinator=None if credential is None else credential.coordinator)
         save_json_atomically(allowed.model_dump(mode="json"), path)
         show("", f"Written: {path}")
     return 0

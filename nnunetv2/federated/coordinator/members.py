@@ -18,7 +18,9 @@ import hmac
 import secrets
 import threading
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from nnunetv2.federated.coordinator.state import FederationState
 from nnunetv2.federated.coordinator.storage.store import InvitationRecord, MemberRecord, Role, Store, Traffic
@@ -32,6 +34,11 @@ SHOWN_TRAFFIC = 1000
 BUSY_GATHERINGS = 5
 """Exchanges whose traffic is shown: those that were busy last, so that a status costs the same after any round."""
 INVITATION_LIFETIME_S = 14 * 86_400.0
+MEMBERSHIP = "membership"
+"""Under this name, the store keeps how sites become members, where that is not by invitations."""
+Membership = Literal["invitations", "engine"]
+"""Sites join with invitations and prove themselves by tokens; or an engine knows them, and no request over HTTP is
+theirs."""
 LOCAL_OPERATOR = "operator"
 """Whoever may read the federation's folder operates it; the name is nobody else's."""
 
@@ -70,21 +77,41 @@ def new_invitation(member: str, *, now: float, lifetime_s: float) -> InvitationR
 
 
 def create_federation(
-    store: Store, settings: api.FederationSettings, *, now: float, lifetime_s: float = INVITATION_LIFETIME_S
+    store: Store,
+    settings: api.FederationSettings,
+    *,
+    now: float,
+    lifetime_s: float = INVITATION_LIFETIME_S,
+    membership: Membership = "invitations",
 ) -> None:
-    """Write a new federation, with one invitation per site.
+    """Write a new federation, with one invitation per site unless an engine knows them.
 
     Raises:
         FederationError: A site has the name of the operator.
     """
     for site in settings.sites:
         _check_name(site)
+    if membership != membership_of(store):  # left by a founding that a crash has cut short, else not there
+        store.save_meta(MEMBERSHIP, membership)
+    if membership == "engine":
+        store.create(settings, [_engine_member(site, now) for site in settings.sites], [], now)
+        return
     store.create(
         settings,
         [MemberRecord(site, "site", "invited", None, now) for site in settings.sites],
         [new_invitation(site, now=now, lifetime_s=lifetime_s) for site in settings.sites],
         now,
     )
+
+
+def membership_of(store: Store) -> Membership:
+    """Return how sites become members of the federation in a store."""
+    return "engine" if store.load_meta(MEMBERSHIP) == "engine" else "invitations"
+
+
+def _engine_member(site: str, now: float) -> MemberRecord:
+    """Return a site that an engine knows: it takes part, and has no token."""
+    return MemberRecord(site, "site", "active", None, now)
 
 
 class Members:
@@ -98,6 +125,7 @@ class Members:
         self._unsaved_traffic: defaultdict[tuple[str, str], Traffic] = defaultdict(Traffic)
         self._lock = threading.Lock()
         self._local_operator = ""
+        self._membership = membership_of(state.store)
 
     # ------------------------------------------------------------------------------------------------- enrolment
     def invite(self, name: str, role: Role, *, by: str, lifetime_s: float = INVITATION_LIFETIME_S) -> str:
@@ -115,6 +143,12 @@ class Members:
         with self._lock:
             now, settings = self._state.clock(), self._state.settings
             present = self._state.member_records.get(name)
+            if role == "site" and self._membership == "engine":
+                raise RefusedError(
+                    f"the sites of this federation come through NVFlare: {name} cannot be invited",
+                    "Let the operator of the NVFlare network add it; the next job admits it.",
+                    code="forbidden",
+                )
             twins = [other for other in self._state.member_records if other.lower() == name.lower() and other != name]
             _check_name(name)
             if twins or (present is not None and present.role != role):
@@ -149,6 +183,45 @@ class Members:
             )
             assert invitation.secret is not None  # it is new
             return invitation.secret
+
+    def admit(self, names: Iterable[str], *, by: str) -> tuple[str, ...]:
+        """Expect further sites that an engine knows, and return those that are new; see `invite`.
+
+        One that was revoked stays so: an operator has said it. The caller holds the lock "settings".
+        """
+        with self._lock:
+            settings, known = self._state.settings, self._state.member_records
+            new = tuple(sorted(set(names) - known.keys()))
+            for name in new:
+                _check_name(name)
+            if not new:
+                return ()
+            now = self._state.clock()
+            self._state.save_members(
+                [_engine_member(name, now) for name in new],
+                [],
+                settings=settings.model_copy(update={"sites": tuple(sorted((*settings.sites, *new)))}),
+                event=self._state.event("admission", by, None, {"sites": list(new)}),
+            )
+            return new
+
+    def identify(self, name: str, identity: str) -> None:
+        """Note the identity of a site that an engine knows, where the federation aggregates securely.
+
+        Raises:
+            RefusedError: It is that of another site, or no identity is wanted.
+        """
+        with self._lock:
+            member = self._state.member_records[name]
+            if member.identity == identity:
+                return
+            self._check_identity(member, identity)
+            told = {} if member.identity is None else {"identity_before": member.identity}
+            self._state.save_members(
+                [replace(member, identity=identity)],
+                [],
+                event=self._state.event("join", name, None, {"role": member.role, "identity": identity, **told}),
+            )
 
     def revoke(self, name: str, *, by: str) -> None:
         """Take a member's credential and invitations away, at once.
@@ -297,7 +370,8 @@ class Members:
             return Member(name, "operator")
         record = self._state.member_records.get(name)
         expected = record.token_hash if record is not None and record.token_hash is not None else ""
-        if not hmac.compare_digest(expected, token_hash) or record is None:
+        is_known = hmac.compare_digest(expected, token_hash) and record is not None
+        if not is_known or record is None or (record.role == "site" and self._membership == "engine"):
             raise RefusedError(
                 "the coordinator does not know this credential, or it was revoked",
                 "Ask the coordinating site for a new invitation, and join with it: nnUNetv2_fed_join INVITE.",

@@ -31,8 +31,16 @@ class Notifier:
         self._in_progress: set[str] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._events: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
+        self._subscribers: list[Callable[[str], None]] = []
 
     # -------------------------------------------------------------------------------------------------- who waits
+    def subscribe(self, subscriber: Callable[[str], None]) -> None:
+        """Call a function with the key of every change but mere progress.
+
+        It is called on the thread that notifies.
+        """
+        self._subscribers.append(subscriber)
+
     def bind(self) -> None:
         """Belong to the running event loop."""
         self._loop = asyncio.get_running_loop()
@@ -58,6 +66,8 @@ class Notifier:
     # ---------------------------------------------------------------------------------------------- who notifies
     def notify(self, key: str) -> None:
         """Wake those who wait for an exchange."""
+        for subscriber in self._subscribers:
+            subscriber(key)
         self._call(lambda: self._wake([key, ANYTHING]))
 
     def notify_progress(self, key: str) -> None:

@@ -12,7 +12,7 @@ import logging
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -114,12 +114,29 @@ class Coordinator:
         if is_new:
             self.state.log(f"{member.role} {member.name} has joined")
         if is_new and request.identity is not None and before not in (None, request.identity):
-            self.state.log(
-                f"site {member.name} has another identity than before: the other sites refuse it until their people "
-                "have compared the new number of the roster (nnUNetv2_fed_roster --verified)"
-            )
+            self._log_other_identity(member.name)
         return api.JoinAnswer(
             federation=self.settings.federation, site=member.name, role=member.role, settings=self.settings
+        )
+
+    def admit(self, names: Iterable[str], *, by: str) -> None:
+        """Expect further sites that an engine knows; see `Members.admit`."""
+        with self.state.locks["settings"]:
+            new = self.members.admit(names, by=by)
+        if new:
+            self.state.log(f"{by} admits {', '.join(new)}")
+
+    def identify(self, site: str, identity: str) -> None:
+        """Note the identity of a site that an engine knows; see `Members.identify`."""
+        before = self.members.identity_of(site)
+        self.members.identify(site, identity)
+        if before not in (None, identity):
+            self._log_other_identity(site)
+
+    def _log_other_identity(self, site: str) -> None:
+        self.state.log(
+            f"site {site} has another identity than before: the other sites refuse it until their people "
+            "have compared the new number of the roster (nnUNetv2_fed_roster --verified)"
         )
 
     def roster(self) -> api.Roster:

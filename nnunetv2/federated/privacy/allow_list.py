@@ -84,7 +84,7 @@ def check_document(message: Message, specs: Mapping[str, TensorSpec], *, url: st
     """Raise NotAllowedError, with field or tensor, if a document is not allowed.
 
     Args:
-        url: The coordinator that it is for.
+        url: The coordinator that it is for, or the engine that carries it there.
     """
     from nnunetv2.federated.protocol.document import document_size
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+DEFAULT_EPOCHS = 1000
+"""Of a federation, where nothing else is said."""
+
 
 @dataclass(frozen=True)
 class Rounds:

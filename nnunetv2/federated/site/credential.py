@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -20,10 +20,15 @@ from nnunetv2.federated.protocol.certificates import only_certificate
 from nnunetv2.federated.site.private_files import write_private
 
 if TYPE_CHECKING:
+    from nnunetv2.federated.protocol.api import FederationSettings
     from nnunetv2.federated.protocol.messages import Networks, Precision
 
 CREDENTIAL_VERSION = 2
+ENGINE_VERSION = 3
+"""Of a credential for the gateway of an engine, which earlier versions would take for a coordinator."""
 CREDENTIAL_VARIABLE = "nnUNet_fed_site"
+OPERATOR_FILE = "operator.json"
+"""Credential of the operator on the coordinator's machine, in the federation's folder."""
 TOKEN_BYTES = 32
 
 
@@ -55,6 +60,24 @@ class SiteCredential:
     """Whether sites have networks of their own in this federation, where they have."""
     labels: Literal["union"] | None = None
     """Set where the sites of this federation may annotate different classes."""
+    through: str | None = None
+    """The engine that carries everything to the coordinator, `nvflare:<project>/<federation>`; `url` is its gateway on
+    this machine then, at another port for each job. None: `url` is the coordinator."""
+
+    @property
+    def coordinator(self) -> str:
+        """The name of the coordinator in allow-lists, the same for every job of an engine."""
+        return self.through or self.url
+
+    def agreeing_with(self, settings: FederationSettings) -> SiteCredential:
+        """Return the credential with what commands of its site need to know of a federation beforehand."""
+        return replace(
+            self,
+            precision=None if settings.precision == "float32" else settings.precision,
+            networks=None if settings.networks == "equal" else settings.networks,
+            labels=None if settings.labels == "equal" else settings.labels,
+            secure=None if settings.secure is None else settings.secure.k,
+        )
 
     def __repr__(self) -> str:
         return f"SiteCredential(url={self.url!r}, federation={self.federation!r}, site={self.site!r}, token=...)"
@@ -85,9 +108,9 @@ def load_credential(path: Path | None = None) -> SiteCredential:
         raise NotJoinedError(f"the credential {path} cannot be read: {error}") from error
     needed, known = {"url", "federation", "site", "token"}, {field.name for field in fields(SiteCredential)}
     version = content.pop("version", None) if isinstance(content, dict) else None
-    if version not in (1, CREDENTIAL_VERSION) or not needed <= content.keys() <= known:
+    if version not in (1, CREDENTIAL_VERSION, ENGINE_VERSION) or not needed <= content.keys() <= known:
         raise NotJoinedError(
-            f"the credential {path} is not of version {CREDENTIAL_VERSION}: "
+            f"the credential {path} is not of version {CREDENTIAL_VERSION} or {ENGINE_VERSION}: "
             "join again with a new invitation and --replace"
         )
     if content.get("authority"):
@@ -123,7 +146,8 @@ def save_credential(credential: SiteCredential, path: Path | None = None) -> Pat
     path = path or credential_path()
     path.parent.mkdir(parents=True, exist_ok=True)
     known = {name: value for name, value in asdict(credential).items() if value is not None}
-    write_private(path, json.dumps({"version": CREDENTIAL_VERSION, **known}, indent=4).encode())
+    version = CREDENTIAL_VERSION if credential.through is None else ENGINE_VERSION
+    write_private(path, json.dumps({"version": version, **known}, indent=4).encode())
     return path
 
 

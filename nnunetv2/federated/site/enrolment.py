@@ -57,10 +57,11 @@ def join(
     Raises:
         RefusedError: The coordinator does not accept the invitation.
         NotAllowedError: The federation protects less than `nnUNet_fed_require_secure` asks for.
-        FederationError: The credential of another federation is in the way, the coordinator is not the one that the
-            invitation speaks of, or the client certificate cannot be used.
+        FederationError: The credential of another federation, or of an engine, is in the way, the coordinator is not
+            the one that the invitation speaks of, or the client certificate cannot be used.
     """
     path = path or credential_path()
+    _check_is_not_connected(path)
     check_transport_is_safe(invitation.url, insecure=insecure)
     known = _credential_in_the_way(invitation, path, replace=replace)
     pending = path.with_name(path.name + ".joining")
@@ -88,16 +89,9 @@ def join(
         if authority is not None:
             authority.unlink()
         raise
-    if answer.settings.precision != "float32":
-        credential = dataclasses.replace(credential, precision=answer.settings.precision)
-    if answer.settings.networks != "equal":
-        credential = dataclasses.replace(credential, networks=answer.settings.networks)
-    if answer.settings.labels == "union":
-        credential = dataclasses.replace(credential, labels="union")
     if answer.role == "site":  # others only look on
         _check_protection(invitation, answer.settings)
-    if answer.settings.secure is not None:
-        credential = dataclasses.replace(credential, secure=answer.settings.secure.k)
+    credential = credential.agreeing_with(answer.settings)
     _settle(credential, pending, path)
     others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
     who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"
@@ -110,6 +104,16 @@ def join(
         f"{joined}. Its sites mask what they send, {credential.secure} or more together: when all have joined, compare "
         "the number of the roster with them (nnUNetv2_fed_roster)"
     )
+
+
+def _check_is_not_connected(path: Path) -> None:
+    """Raise FederationError if an engine has written the credential: its jobs do so again and again."""
+    through = load_credential(path).through if path.exists() else None
+    if through is not None:
+        raise FederationError(
+            f"this site is connected through NVFlare ({through}): nothing to join. For a federation of another kind, "
+            f"let {CREDENTIAL_VARIABLE} name another file"
+        )
 
 
 def _check_protection(invitation: Invitation, settings: api.FederationSettings) -> None:

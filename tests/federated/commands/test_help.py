@@ -5,7 +5,18 @@ import sys
 
 import pytest
 
-COMMANDS = ("admin", "coordinator", "fetch_model", "join", "leave", "manifest", "roster", "simulate", "status")
+COMMANDS = (
+    "admin",
+    "coordinator",
+    "engine",
+    "fetch_model",
+    "join",
+    "leave",
+    "manifest",
+    "roster",
+    "simulate",
+    "status",
+)
 
 
 @pytest.mark.slow

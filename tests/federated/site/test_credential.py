@@ -1,6 +1,7 @@
 """Credentials on the disk of a site."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from certificate_texts import BESIDE, block
@@ -86,3 +87,11 @@ def test_a_credential_that_trusts_more_than_one_authority_is_refused(content, tm
     )
     with pytest.raises(NotJoinedError, match=r"site\.json\.ca\.pem does not hold .* alone.*join again.*--replace"):
         load_credential(path)
+
+
+def test_a_credential_for_a_gateway_has_a_version_of_its_own(tmp_path):
+    assert CREDENTIAL.coordinator == CREDENTIAL.url
+    credential = replace(CREDENTIAL, url="http://127.0.0.1:4711", through="nvflare:network/liver")
+    path = save_credential(credential, tmp_path / "site.json")
+    assert json.loads(path.read_text())["version"] == 3
+    assert load_credential(path) == credential and credential.coordinator == "nvflare:network/liver"

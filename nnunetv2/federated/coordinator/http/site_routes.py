@@ -58,7 +58,8 @@ def service_of(request: Request) -> SiteService:
 async def get_settings(request: Request) -> Response:
     """Return the settings of the federation to a member."""
     member_of(request)
-    return json_response(service_of(request).settings)
+    service = service_of(request)
+    return json_response(await run_in_threadpool(lambda: service.settings))
 
 
 async def get_roster(request: Request) -> Response:
@@ -80,7 +81,7 @@ async def get_run(request: Request) -> Response:
     plans, service = request.query_params.get("plans"), service_of(request)
     if plans is not None:
         run = await run_in_threadpool(service.run_of_plans, run, require_role(member, "site"), plans)
-    return json_response(service.run_state(run))
+    return json_response(await run_in_threadpool(service.run_state, run))
 
 
 async def get_outlooks(request: Request) -> Response:

@@ -162,8 +162,11 @@ class PartialUpload:
             self._digest.update(piece)
             begin += len(piece)
 
-    def append(self, *pieces: bytes) -> None:
+    def append(self, *pieces: bytes | memoryview, hashed: bool = True) -> None:
         """Write the next pieces.
+
+        Args:
+            hashed: Whether to take them into the digest; not where a later request reads all of it.
 
         Raises:
             RefusedError: A newer request has taken over; the code is `taken_over`.
@@ -174,7 +177,8 @@ class PartialUpload:
                 raise _taken_over()
             for piece in pieces:
                 _write_all(self._file, piece)
-                self._digest.update(piece)
+                if hashed:
+                    self._digest.update(piece)
                 self.size += len(piece)
             self._begun = begin_writing(self._file, self._begun)
 
@@ -210,7 +214,7 @@ def _taken_over() -> RefusedError:
     return RefusedError("this upload has been begun anew on another connection", code="taken_over")
 
 
-def _write_all(file: FileIO, piece: bytes) -> None:
+def _write_all(file: FileIO, piece: bytes | memoryview) -> None:
     """Write all of a piece, in several writes where the disk fills up."""
     remaining = memoryview(piece)
     while len(remaining):

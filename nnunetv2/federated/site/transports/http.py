@@ -219,7 +219,7 @@ class HttpTransport:
         tensors = tensors or {}
         specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
         require_secure.check_message(key, message, self.credential.secure)
-        allow_list.check_document(message, specs, url=self.credential.url)
+        allow_list.check_document(message, specs, url=self.credential.coordinator)
         document = OutgoingDocument(message, specs, tensors)
         offer = api.Offer(digest=document.digest, size=document.size)
         attempts = 0
@@ -327,7 +327,7 @@ class HttpTransport:
         timeout_s = min(FAILURE_TIMEOUT_S, self.timeout_s)
         try:
             report = api.FailureReport(run=run, round=round_number, reason=reason[:8000])
-            allow_list.check_body("failure_report", report, url=self.credential.url)
+            allow_list.check_body("failure_report", report, url=self.credential.coordinator)
             with (
                 open_session(self.credential) as session,
                 translated_errors(),

@@ -1,0 +1,386 @@
+"""Reach the coordinator of one site through an engine, as the `SiteService` of its gateway.
+
+Small questions are asked until they are answered, for ten seconds: then the engine is away, the gateway answers 503,
+and the site's command asks again, for a day if need be. Documents are on this machine before they travel and before
+they are handed out; a transfer goes on while nobody waits for it, and after a break at its last piece.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel
+
+from nnunetv2.federated.coordinator.http.error_responses import STATUS_OF_CODE
+from nnunetv2.federated.coordinator.members import Member, hash_secret
+from nnunetv2.federated.coordinator.models.model_store import KeptModel
+from nnunetv2.federated.coordinator.notifier import Notifier
+from nnunetv2.federated.coordinator.site_service import Result
+from nnunetv2.federated.coordinator.storage.partial_uploads import PartialUploads
+from nnunetv2.federated.engine.channel import (
+    PIECE_BYTES,
+    Answer,
+    Available,
+    Channel,
+    Held,
+    Request,
+    decode_frame,
+    encode_frame,
+)
+from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.protocol import api
+from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.protocol.strict_json import decode_json, encode_json
+
+logger = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=BaseModel)
+Outcome = TypeVar("Outcome")
+
+AWAY_S = 10.0
+"""How long a question is asked again before the engine counts as away."""
+PIECE_TIMEOUT_S = 60.0
+"""How long a piece may make no progress."""
+PAUSE_S = 0.25
+"""First pause before a question is asked again; it doubles."""
+TRANSFER_WAIT_S = 20.0
+"""How long a request waits for a transfer. Below what is left of the minute that the client waits for an answer."""
+TRANSFERS = 4
+KEPT_RESULTS = 3
+"""Files of results that stay here: the latest ones."""
+
+
+class RemoteCoordinator:
+    """The coordinator at the other end of an engine, for the one site here.
+
+    Used by many threads.
+
+    Args:
+        channel: The way there.
+        site: Who the site is, as the engine knows it.
+        token: With which the commands of this site prove themselves to the gateway.
+        folder: For documents under way.
+        away_s: How long a question is asked again before the engine counts as away.
+        piece_bytes: How much of a document travels at a time.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        site: str,
+        token: str,
+        folder: Path,
+        away_s: float = AWAY_S,
+        piece_bytes: int = PIECE_BYTES,
+    ) -> None:
+        self._channel = channel
+        self._site = site
+        self._token_hash = hash_secret(token)
+        self._away_s = away_s
+        self._piece_bytes = piece_bytes
+        self._notifier = Notifier()
+        for name in ("incoming", "outgoing", "results"):
+            (folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._outgoing, self._results = folder / "outgoing", folder / "results"
+        self._uploads = PartialUploads(folder / "incoming")
+        self._pool = ThreadPoolExecutor(TRANSFERS, thread_name_prefix="transfer")
+        self._lock = threading.Lock()
+        self._transfers: dict[tuple[str, str], Future[api.Receipt | Path]] = {}
+        self._progress: dict[tuple[str, str], tuple[int, int]] = {}
+        self._is_closing = threading.Event()
+        self.last_asked = time.monotonic()
+        """When a command of this site has last asked anything."""
+
+    def close(self) -> None:
+        """End transfers at their present piece."""
+        self._is_closing.set()
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def notifier(self) -> Notifier:
+        """Notified of what the coordinator has changed."""
+        return self._notifier
+
+    @property
+    def uploads(self) -> PartialUploads:
+        """The documents that this site's commands hand in."""
+        return self._uploads
+
+    # ---------------------------------------------------------------------------------------------- small questions
+    @property
+    def settings(self) -> api.FederationSettings:
+        """The settings that hold for all sites at the moment."""
+        return self._ask(Request(op="settings"), api.FederationSettings)
+
+    def authenticate(self, token: str) -> Member:
+        """Return this site for its token."""
+        if not secrets.compare_digest(hash_secret(token), self._token_hash):
+            raise RefusedError(
+                "this gateway does not know this credential: it is of an earlier job, or of another site",
+                "Use the credential that the job has written, and let no other variable name an old one.",
+                code="unauthorized",
+            )
+        return Member(self._site, "site")
+
+    def count_traffic(self, member: str, key: str, *, received: int, sent: int) -> None:
+        """Note that a command has asked.
+
+        What travels on this machine is no traffic; the coordinator counts its own.
+        """
+        self.last_asked = time.monotonic()
+
+    def identify(self, identity: str) -> None:
+        """Tell the public part of this site's identity, where the federation aggregates securely."""
+        self._send(Request(op="identify", identity=identity))
+
+    def roster(self) -> api.Roster:
+        """Return the identities of the sites that take part."""
+        return self._ask(Request(op="roster"), api.Roster)
+
+    def status(self, viewer: Member | None = None) -> api.Status:
+        """Return the state of the federation, as this site may see it."""
+        return self._ask(Request(op="status"), api.Status)
+
+    def run_state(self, run: str) -> api.RunState:
+        """Return how far a run is."""
+        return self._ask(Request(op="run_state", name=run), api.RunState)
+
+    def run_of_plans(self, run: str, site: str, plans_name: str) -> str:
+        """Return the name of the run that this site's training with these plans belongs to."""
+        return self._ask(Request(op="run_of_plans", name=run, plans=plans_name), api.RunState).run
+
+    def outlooks(self) -> api.Outlooks:
+        """Foresee the averages of every run, as far as they are known."""
+        return self._ask(Request(op="outlooks"), api.Outlooks)
+
+    def declared_privacy(self) -> api.DeclaredPrivacy:
+        """Return the privacy that sites have declared, of the runs where any has."""
+        return self._ask(Request(op="declared_privacy"), api.DeclaredPrivacy)
+
+    def act(self, run: str, action: api.RunAction, member: Member) -> api.RunState:
+        """Apply this site's action to a run and return the run's state."""
+        return self._ask(Request(op="act", name=run, body=encode_json(action).decode()), api.RunState)
+
+    def report_failure(self, site: str, report: api.FailureReport) -> None:
+        """Report that this site cannot go on."""
+        self._send(Request(op="report_failure", body=encode_json(report).decode()))
+
+    def note_rehearsal(self, site: str, size: int) -> None:
+        """Do nothing: a rehearsal ends at the gateway, and has not left this machine."""
+
+    # ------------------------------------------------------------------------------------------------- contributing
+    def offer(self, key: str, site: str, digest: str, size: int) -> api.Receipt | None:
+        """Return the receipt for a document already held; None if it is wanted.
+
+        Raises:
+            OSError: It is under way from here; asking again may help.
+        """
+        place = key, digest
+        with self._lock:
+            is_here = place in self._transfers or self._outgoing_path(key, digest).exists()
+        if is_here:
+            return self._wait_for_receipt(key, digest, size)
+        held = self._offer(key, digest, size)
+        return self._wait_for_receipt(key, digest, size) if held.is_storing else held.receipt
+
+    def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> api.Receipt:
+        """Send a document that has been received completely; on return, the coordinator holds it.
+
+        Raises:
+            OSError: It is still under way; asking again may help.
+        """
+        incoming.replace(self._outgoing_path(key, digest))
+        return self._wait_for_receipt(key, digest, size)
+
+    def _wait_for_receipt(self, key: str, digest: str, size: int) -> api.Receipt:
+        receipt = self._transferred((key, digest), size, lambda: self._send_document(key, digest, size))
+        assert isinstance(receipt, api.Receipt)
+        return receipt
+
+    def _outgoing_path(self, key: str, digest: str) -> Path:
+        return self._outgoing / f"{hash_secret(key)[:24]}.{digest}"
+
+    def _offer(self, key: str, digest: str, size: int) -> Held:
+        held = self._answer(Request(op="offer", name=key, digest=digest, size=size))[0].held
+        return _given(held)
+
+    def _send_document(self, key: str, digest: str, size: int) -> api.Receipt:
+        """Send a document from where the coordinator holds it on, and return its receipt."""
+        path = self._outgoing_path(key, digest)
+        try:
+            held = Held() if size <= self._piece_bytes else self._offer(key, digest, size)
+            pause_s = PAUSE_S
+            while held.receipt is None:
+                self._note_progress((key, digest), held.offset, size)
+                if held.is_storing:
+                    self._pause(pause_s)
+                    pause_s = min(2 * pause_s, 4.0)
+                    held = self._offer(key, digest, size)
+                elif not path.exists():
+                    raise RefusedError("the document has to be handed in again", code="damaged_in_transit")
+                else:
+                    held = self._send_piece(path, key, digest, size, held.offset) or self._offer(key, digest, size)
+        except RefusedError as error:
+            if STATUS_OF_CODE.get(error.code, 409) < 500 and error.code != "too_many_requests":
+                path.unlink(missing_ok=True)  # it is of no use
+            raise
+        path.unlink(missing_ok=True)
+        return held.receipt
+
+    def _send_piece(self, path: Path, key: str, digest: str, size: int, offset: int) -> Held | None:
+        """Send the piece from a byte on; None if the coordinator holds another part of the document by now."""
+        with path.open("rb") as file:
+            file.seek(offset)
+            piece = file.read(self._piece_bytes)
+        request = Request(op="piece", name=key, digest=digest, size=size, offset=offset)
+        try:
+            return _given(self._answer(request, piece, timeout_s=PIECE_TIMEOUT_S)[0].held)
+        except RefusedError as error:
+            if error.code not in ("wrong_offset", "taken_over"):  # the same piece has come twice, or it has restarted
+                raise
+            self._pause(PAUSE_S)
+            return None
+
+    # ------------------------------------------------------------------------------------------------------ results
+    def result(self, key: str, site: str, *, changes: bool = False) -> Result | api.Waiting:
+        """Return the result of an exchange, or the sites that it waits for.
+
+        Raises:
+            OSError: It is still under way; asking again may help.
+        """
+        answer = self._answer(Request(op="result", name=key, changes=changes))[0]
+        if answer.waiting is not None:
+            return answer.waiting.model_copy(update={"lacks": answer.lacks})
+        file = _given(answer.file)
+        return Result(file.name, self._fetch(file), file.digest)
+
+    def find_model(self, run: str) -> Path:
+        """Fetch the model of a run, and return where it is."""
+        return self.fetch_model(run, member=self._site).path
+
+    def fetch_model(self, run: str, *, member: str) -> KeptModel:
+        """Fetch the model of a run.
+
+        Raises:
+            OSError: It is still under way; asking again may help.
+        """
+        file = _given(self._answer(Request(op="model", name=run))[0].file)
+        return KeptModel(self._fetch(file), file.digest)
+
+    def _fetch(self, file: Available) -> Path:
+        """Return a file of the coordinator, once it is here."""
+        path = self._results / file.digest
+        if path.exists():
+            return path
+        fetched = self._transferred(("", file.digest), file.size, lambda: self._read_file(file, path))
+        assert isinstance(fetched, Path)
+        return fetched
+
+    def _read_file(self, file: Available, path: Path) -> Path:
+        """Read a file from where it has come to, and check it."""
+        partial = path.with_suffix(".part")
+        with partial.open("ab") as target:
+            while target.tell() < file.size:
+                self._note_progress(("", file.digest), target.tell(), file.size)
+                request = Request(op="read", digest=file.digest, offset=target.tell())
+                piece = self._answer(request, timeout_s=PIECE_TIMEOUT_S)[1]
+                if not len(piece) or target.tell() + len(piece) > file.size:
+                    raise OSError(f"{file.name} has another size than was said")
+                target.write(piece)
+        if file_digest(partial) != file.digest:
+            partial.unlink()
+            raise OSError(f"{file.name} was damaged on its way")
+        partial.replace(path)
+        kept = sorted(self._results.iterdir(), key=lambda one: one.stat().st_mtime)
+        for old in kept[:-KEPT_RESULTS]:
+            old.unlink(missing_ok=True)
+        return path
+
+    # ---------------------------------------------------------------------------------------------------- transfers
+    def _transferred(
+        self, place: tuple[str, str], size: int, transfer: Callable[[], api.Receipt | Path]
+    ) -> api.Receipt | Path:
+        """Return the outcome of a transfer, which is begun unless it is under way.
+
+        Raises:
+            OSError: It is not over yet.
+        """
+        with self._lock:
+            future = self._transfers.get(place)
+            if future is None:
+                future = self._transfers[place] = self._pool.submit(transfer)
+        try:
+            outcome = future.result(TRANSFER_WAIT_S)
+        except FutureTimeoutError as error:
+            if not future.done():
+                done, size = self._progress.get(place, (0, size))
+                raise OSError(
+                    f"{done / 2**20:.1f} of {size / 2**20:.1f} MiB have passed the engine; the transfer goes on"
+                ) from error
+            raise
+        finally:
+            if future.done():
+                with self._lock:
+                    if self._transfers.get(place) is future:
+                        del self._transfers[place]
+                        self._progress.pop(place, None)
+        return outcome
+
+    def _note_progress(self, place: tuple[str, str], done: int, size: int) -> None:
+        self._progress[place] = done, size
+        if self._is_closing.is_set():
+            raise OSError("the job is ending")
+
+    def _pause(self, seconds: float) -> None:
+        if self._is_closing.wait(seconds):
+            raise OSError("the job is ending")
+
+    # ------------------------------------------------------------------------------------------------------- asking
+    def _ask(self, request: Request, model: type[Model]) -> Model:
+        return decode_json(model, self._answer(request)[0].body.encode())
+
+    def _send(self, request: Request) -> None:
+        self._answer(request)
+
+    def _answer(
+        self, request: Request, content: bytes = b"", *, timeout_s: float | None = None
+    ) -> tuple[Answer, memoryview]:
+        """Ask until there is an answer, and return it with its content.
+
+        Raises:
+            RefusedError: The coordinator refuses the request, or has trouble of its own.
+            OSError: The engine is away.
+        """
+        frame = encode_frame(request, content)
+        is_piece = request.op in ("piece", "read")
+        deadline, pause_s = time.monotonic() + self._away_s, PAUSE_S
+        while True:
+            try:
+                left_s = max(1.0, deadline - time.monotonic())
+                reply = self._channel.ask(frame, timeout_s=timeout_s or left_s, is_piece=is_piece)
+                answer, piece = decode_frame(Answer, reply)
+                break
+            except OSError as error:
+                if time.monotonic() + pause_s > deadline:
+                    raise OSError(f"the engine does not reach the coordinator: {error!s:.200}") from error
+            self._pause(pause_s)
+            pause_s *= 2
+        if answer.problem is not None:
+            problem = answer.problem
+            raise RefusedError(problem.message, problem.remedy, code=problem.code)
+        return answer, piece
+
+
+def _given(value: Outcome | None) -> Outcome:
+    """Return the part of an answer that there is in answers of this kind."""
+    if value is None:
+        raise OSError("the coordinator answers something else than was asked: use matching versions")
+    return value

@@ -1,0 +1,36 @@
+"""Let tests of a site's routes run twice: over HTTP to the coordinator, and through gateways of a fake engine."""
+
+from __future__ import annotations
+
+import fake_federation
+import pytest
+
+THROUGH_GATEWAYS = (
+    "coordinator/test_app.py",
+    "coordinator/test_failure_reports.py",
+    "coordinator/test_identities.py",
+    "coordinator/test_run_control.py",
+    "site/test_participant.py",
+    "site/transports/test_http.py",
+    "system/test_late_planning.py",
+    "system/test_late_updates.py",
+    "system/test_masked_dropouts.py",
+    "system/test_masked_rounds.py",
+    "system/test_run_names.py",
+    "system/test_secure_planning.py",
+)
+"""Files of tests that ask what sites ask."""
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.module.__file__.endswith(THROUGH_GATEWAYS):
+        metafunc.fixturenames.insert(0, "way")
+        metafunc.parametrize("way", ["http", "gateway"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def way(request: pytest.FixtureRequest):
+    """Let `served` put gateways in front of its coordinators, or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_federation, "THROUGH_GATEWAYS", request.param == "gateway")
+        yield request.param

@@ -1,0 +1,326 @@
+"""Documents on their way through an engine that is slow, loses messages, or is away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_engine import FakeChannel
+from fake_federation import RUN, make_census, make_registration, make_settings, make_weights, wait_until
+from patience import PATIENCE_S
+
+from nnunetv2.federated.coordinator.http.rate_limits import Limits
+from nnunetv2.federated.coordinator.members import create_federation
+from nnunetv2.federated.coordinator.service import Coordinator
+from nnunetv2.federated.coordinator.site_service import Result
+from nnunetv2.federated.coordinator.storage.store import Store
+from nnunetv2.federated.engine import remote as remote_module
+from nnunetv2.federated.engine.channel import PIECE_BYTES, Answer, Request, decode_frame, encode_frame
+from nnunetv2.federated.engine.remote import RemoteCoordinator
+from nnunetv2.federated.engine.responder import Responder
+from nnunetv2.federated.errors import RefusedError, WireError
+from nnunetv2.federated.protocol import api, messages
+from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey
+
+SHAPES = {"encoder.weight": (1000, 1300)}
+"""5 MB: more than one piece."""
+
+
+class Ends:
+    """Both ends of an engine, with a channel for each of two sites."""
+
+    def __init__(self, folder: Path, coordinator: Coordinator, **options) -> None:
+        self.folder = folder
+        self.coordinator = coordinator
+        self.responder = Responder(coordinator, limits=options.pop("limits", Limits()))
+        self.channels = {site: FakeChannel(self.responder, site) for site in ("A", "B")}
+        self.options = {"away_s": 0.5, "piece_bytes": 1 << 20, **options}
+        self.remotes = {site: self.remote(site) for site in self.channels}
+
+    def remote(self, site: str) -> RemoteCoordinator:
+        """Return the gateway's end of a site; of a gateway that was started again, if asked once more."""
+        return RemoteCoordinator(
+            self.channels[site],
+            site=site,
+            token=f"{site}.secret",
+            folder=self.folder / f"gateway.{site}",
+            **self.options,
+        )
+
+    def document(self, site: str, message, tensors=None) -> tuple[Path, str, int]:
+        """Write a document as the gateway's HTTP side hands it over."""
+        tensors = tensors or {}
+        path = self.folder / f"gateway.{site}" / "incoming" / "whole"
+        specs = {name: TensorSpec.of(values) for name, values in tensors.items()}
+        digest = write_document(path, message, specs, tensors.values())
+        return path, digest, path.stat().st_size
+
+    def contribute(self, site: str, key: str, message, tensors=None) -> api.Receipt:
+        return self.remotes[site].contribute(key, site, *self.document(site, message, tensors))
+
+    def begin(self) -> None:
+        """Let both sites register for a network of one tensor; A is to give its initial weights."""
+        for site, cases in (("A", 9), ("B", 3)):
+            self.contribute(site, RegistrationKey(RUN), make_registration(cases, SHAPES, aliases={}))
+        wait_until(lambda: self.coordinator.state.registry.is_closed(RegistrationKey(RUN)))
+
+
+@contextmanager
+def both_ends(folder: Path, **options) -> Iterator[Ends]:
+    with Store(folder / "federation") as store:
+        if store.load_settings() is None:
+            create_federation(store, make_settings(), now=time.time(), membership="engine")
+        coordinator = Coordinator(store, log=lambda line: None)
+        coordinator.start()
+        ends = Ends(folder, coordinator, **options)
+        try:
+            yield ends
+        finally:
+            for remote in ends.remotes.values():
+                remote.close()
+            ends.responder.close()
+            coordinator.stop()
+
+
+@pytest.fixture
+def ends(tmp_path):
+    with both_ends(tmp_path) as ends:
+        yield ends
+
+
+def persist(ask):
+    """Ask as a site's command does, until the answer is not 'try again'."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return ask()
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def pieces(ends: Ends, site: str = "A") -> list[int]:
+    return [request.offset for request in ends.channels[site].asked if request.op == "piece"]
+
+
+# ------------------------------------------------------------------------------------------------------------ frames
+def test_a_frame_returns_what_was_put_in():
+    request, content = decode_frame(Request, encode_frame(Request(op="piece", name="k", offset=3), b"abc"))
+    assert (request.op, request.offset, bytes(content)) == ("piece", 3, b"abc")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"",
+        b"\0\0\0\x05{}",
+        b"\0\0\0\x02[]",
+        b"\0\0\0\x02{}" + bytes(PIECE_BYTES + 1),
+        encode_frame(Request(op="settings"))[:-1],
+        (40).to_bytes(4, "big") + b'{"op": "settings", "site": "somebody"}  ',
+        (14).to_bytes(4, "big") + b'{"op": "exit"}',
+    ],
+)
+def test_what_is_no_frame_is_refused(frame, ends):
+    with pytest.raises(WireError):
+        decode_frame(Request, frame)
+    answer, _ = decode_frame(Answer, ends.responder.answer("A", frame))
+    assert answer.problem is not None and answer.problem.code == "invalid"
+
+
+# --------------------------------------------------------------------------------------------------------- transfers
+def test_a_document_travels_in_pieces_and_its_result_comes_back(ends):
+    ends.begin()
+    weights = make_weights(1, SHAPES)
+    receipt = ends.contribute("A", InitialKey(RUN), messages.Update(), weights)
+    assert not receipt.already and pieces(ends)[-1] >= 4 << 20
+    ends.contribute("B", InitialKey(RUN), messages.Update())
+    wait_until(lambda: ends.coordinator.state.registry.is_closed(InitialKey(RUN)))
+    for site in ("A", "B"):
+        result = persist(lambda site=site: ends.remotes[site].result(InitialKey(RUN), site))
+        assert isinstance(result, Result)
+        with open_document(result.path) as document:
+            np.testing.assert_array_equal(document.read("encoder.weight"), weights["encoder.weight"])
+    assert {request.op for request in ends.channels["A"].asked} >= {"offer", "piece", "result", "read"}
+
+
+def test_a_transfer_that_was_cut_sends_one_piece_again_at_most(ends):
+    ends.begin()
+    path, digest, size = ends.document("A", messages.Update(), make_weights(1, SHAPES))
+    cut = threading.Event()
+    ends.channels["A"].lose_answer = lambda request: (
+        request.op == "piece" and request.offset >= 2 << 20 and not cut.is_set()
+    )
+    with pytest.raises(OSError, match="does not reach the coordinator"):
+        ends.remotes["A"].contribute(InitialKey(RUN), "A", path, digest, size)
+    before = len(pieces(ends))
+    cut.set()
+    receipt = persist(lambda: ends.remotes["A"].offer(InitialKey(RUN), "A", digest, size))
+    assert receipt.digest == digest
+    again = [offset for offset in pieces(ends)[before:] if offset < 2 << 20]
+    assert again == [], "what has arrived is not sent again"
+
+
+def test_a_gateway_that_was_killed_goes_on_where_the_coordinator_is(ends):
+    ends.begin()
+    path, digest, size = ends.document("A", messages.Update(), make_weights(1, SHAPES))
+    copy = path.read_bytes()
+    ends.channels["A"].fault = lambda request: request.op == "piece" and request.offset >= 3 << 20
+    with pytest.raises(OSError, match="does not reach"):
+        ends.remotes["A"].contribute(InitialKey(RUN), "A", path, digest, size)
+    ends.channels["A"].fault = lambda request: False
+    ends.remotes["A"].close()
+    for file in (ends.folder / "gateway.A" / "outgoing").iterdir():
+        file.unlink()  # the new job has a folder of its own
+    ends.remotes["A"] = ends.remote("A")
+    before = len(pieces(ends))
+    assert ends.remotes["A"].offer(InitialKey(RUN), "A", digest, size) is None
+    path.write_bytes(copy)
+    receipt = persist(lambda: ends.remotes["A"].contribute(InitialKey(RUN), "A", path, digest, size))
+    assert receipt.digest == digest and min(pieces(ends)[before:]) == 3 << 20
+
+
+def test_a_slow_transfer_goes_on_while_nobody_waits(ends, monkeypatch):
+    ends.begin()
+    path, digest, size = ends.document("A", messages.Update(), make_weights(1, SHAPES))
+    goes_on = threading.Event()
+    ends.channels["A"].fault = lambda request: request.op == "piece" and not goes_on.wait(PATIENCE_S)
+    before = len(pieces(ends))
+    monkeypatch.setattr(remote_module, "TRANSFER_WAIT_S", 0.1)
+    with pytest.raises(OSError, match=r"0\.0 of 5\.0 MiB have passed the engine; the transfer goes on"):
+        ends.remotes["A"].contribute(InitialKey(RUN), "A", path, digest, size)
+    goes_on.set()
+    receipt = persist(lambda: ends.remotes["A"].offer(InitialKey(RUN), "A", digest, size))
+    assert receipt.digest == digest
+    sent = pieces(ends)[before:]
+    assert sent == sorted(set(sent)), "no piece was sent twice"
+
+
+def test_a_download_goes_on_at_its_byte(ends):
+    ends.begin()
+    ends.contribute("A", InitialKey(RUN), messages.Update(), make_weights(1, SHAPES))
+    ends.contribute("B", InitialKey(RUN), messages.Update())
+    wait_until(lambda: ends.coordinator.state.registry.is_closed(InitialKey(RUN)))
+    channel = ends.channels["B"]
+    channel.fault = lambda request: request.op == "read" and request.offset > 0
+    with pytest.raises(OSError, match="does not reach"):
+        ends.remotes["B"].result(InitialKey(RUN), "B")
+    channel.fault = lambda request: False
+    ends.remotes["B"].result(InitialKey(RUN), "B")
+    reads = [request.offset for request in channel.asked if request.op == "read"]
+    assert reads.count(0) == 1
+
+
+def test_a_coordinator_that_was_started_again_shows_its_files_again(tmp_path):
+    with both_ends(tmp_path) as ends:
+        ends.begin()
+        ends.contribute("A", InitialKey(RUN), messages.Update(), make_weights(1, SHAPES))
+        ends.contribute("B", InitialKey(RUN), messages.Update())
+        wait_until(lambda: ends.coordinator.state.registry.is_closed(InitialKey(RUN)))
+        answer = ends.remotes["A"]._answer(Request(op="result", name=InitialKey(RUN)))[0]
+    with both_ends(tmp_path) as ends:
+        with pytest.raises(RefusedError) as refused:
+            ends.remotes["A"]._answer(Request(op="read", digest=answer.file.digest))
+        assert refused.value.code == "not_open"
+        assert isinstance(ends.remotes["A"].result(InitialKey(RUN), "A"), Result)
+
+
+def test_only_a_site_that_was_shown_a_file_may_read_it(ends):
+    ends.begin()
+    result = ends.remotes["A"].result(RegistrationKey(RUN), "A")
+    with pytest.raises(RefusedError) as refused:
+        ends.remotes["B"]._answer(Request(op="read", digest=result.digest))
+    assert refused.value.code == "not_open"
+
+
+@pytest.mark.parametrize("offset", [0, 3])
+def test_what_is_too_large_is_refused_at_any_piece(ends, offset):
+    large = Request(op="piece", name=CensusKey(), digest="0" * 64, size=10**12, offset=offset)
+    answer, _ = decode_frame(Answer, ends.responder.answer("A", encode_frame(large, b"abc")))
+    assert answer.problem.code == "too_large"
+
+
+def test_what_was_damaged_is_not_kept(ends):
+    ends.begin()
+    frame = encode_frame(Request(op="piece", name=CensusKey(), digest="0" * 64, size=3), b"abc")
+    answer, _ = decode_frame(Answer, ends.responder.answer("A", frame))
+    assert answer.problem.code == "damaged_in_transit"
+    assert list((ends.coordinator.state.store.folder / "incoming").iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------------------------- away
+def test_an_engine_that_is_away_is_trouble_and_nothing_is_lost(ends):
+    ends.channels["A"].is_away = True
+    begin = time.monotonic()
+    with pytest.raises(OSError, match="the engine does not reach the coordinator: the engine is away"):
+        _ = ends.remotes["A"].settings
+    assert time.monotonic() - begin < PATIENCE_S
+    path, digest, size = ends.document("A", make_census())
+    with pytest.raises(OSError, match="does not reach"):
+        ends.remotes["A"].contribute(CensusKey(), "A", path, digest, size)
+    ends.channels["A"].is_away = False
+    assert ends.remotes["A"].offer(CensusKey(), "A", digest, size).digest == digest
+
+
+def test_a_receipt_that_was_lost_is_asked_for_again(ends):
+    lost = []
+
+    def lose(request: Request) -> bool:
+        lost.append(request.op)
+        return request.op == "piece" and lost.count("piece") == 1
+
+    ends.channels["A"].lose_answer = lose
+    receipt = ends.contribute("A", CensusKey(), make_census())
+    assert receipt.waiting_for == ("B",)
+    assert len(ends.coordinator.state.store.load_events("contribution")) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- who may ask
+def test_a_revoked_site_is_refused(ends):
+    ends.coordinator.revoke("A", by="operator")
+    with pytest.raises(RefusedError) as refused:
+        _ = ends.remotes["A"].settings
+    assert refused.value.code == "unauthorized"
+
+
+def test_who_asks_too_much_has_to_wait(tmp_path):
+    with both_ends(tmp_path, limits=Limits(requests_per_s=0.01, requests_at_once=3.0)) as ends:
+        for _ in range(3):
+            assert ends.remotes["A"].settings.federation == "test"
+        with pytest.raises(RefusedError) as refused:
+            _ = ends.remotes["A"].settings
+        assert refused.value.code == "too_many_requests"
+        assert ends.remotes["B"].settings.federation == "test"
+
+
+def test_traffic_is_counted_for_the_site_that_asks(ends):
+    ends.contribute("A", CensusKey(), make_census())
+    traffic = {(one.site, one.key): one for one in ends.coordinator.status().traffic}
+    assert traffic["A", CensusKey()].bytes_received > 100
+
+
+# ------------------------------------------------------------------------------------------------------------ members
+def test_no_request_over_http_is_that_of_a_site_of_an_engine(ends):
+    members = ends.coordinator.members
+    for token in ("A.", "A.secret", "A"):
+        with pytest.raises(RefusedError) as refused:
+            members.authenticate(token)
+        assert refused.value.code == "unauthorized"
+    with pytest.raises(RefusedError, match="come through NVFlare: C cannot be invited") as refused:
+        ends.coordinator.invite("C", "site", by="operator")
+    assert refused.value.code == "forbidden"
+    assert ends.coordinator.invite("eve", "observer", by="operator")
+
+
+def test_sites_that_are_new_in_a_job_are_admitted_and_the_others_stay(ends):
+    ends.coordinator.admit(("C", "A"), by="nvflare")
+    assert ends.coordinator.settings.sites == ("A", "B", "C")
+    ends.coordinator.revoke("C", by="operator")
+    ends.coordinator.admit(("C",), by="nvflare")
+    assert ends.coordinator.settings.sites == ("A", "B"), "what an operator has said stays"
