@@ -17,8 +17,8 @@ from nnunetv2.federated.protocol.messages import Match, Registration
 from nnunetv2.federated.protocol.strict_json import json_digest
 from nnunetv2.utilities.plain_text import printable
 
-DIGITS = 8
-"""Of a network's digest in its name."""
+DIGITS = 16
+"""Of a network's digest in its name: too many for a site to find another network of the same name."""
 _MOST_CHARACTERS = 100
 
 
@@ -83,7 +83,9 @@ def describe_network(registration: Registration) -> str:
     options = architecture.get("arch_kwargs")
     stages = options.get("n_stages") if is_planned and isinstance(options, Mapping) else None
     depth = f" with {stages} stages" if isinstance(stages, int) else ""
-    return f"{printable(kind, most=_MOST_CHARACTERS)}{depth}, {count_parameters(registration.tensors):,} parameters"
+    return (
+        f"{printable(f'{kind}{depth}', most=_MOST_CHARACTERS)}, {count_parameters(registration.tensors):,} parameters"
+    )
 
 
 def _architecture(registration: Registration) -> Mapping[str, Any]:

@@ -262,7 +262,7 @@ def plans_of_network(
     if isinstance(before, str):
         described[before] = resolve(registration.plans, before)
     configurations = {
-        configuration: {"data_identifier": f"{name}_{configuration}", "batch_size": SMALLEST_BATCH, **content}
+        configuration: {**content, "data_identifier": f"{name}_{configuration}", "batch_size": SMALLEST_BATCH}
         for configuration, content in described.items()
     }
     return {

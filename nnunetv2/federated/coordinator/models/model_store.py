@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +35,7 @@ class ModelStore:
 
     def __init__(self, state: FederationState) -> None:
         self._state = state
+        self._lock = threading.Lock()
         self._outlooks: dict[str, tuple[Agreement, Outlook]] = {}
         """Run -> what will become of its averages, and what that follows from."""
 
@@ -59,13 +61,14 @@ class ModelStore:
         if not self._state.registry.is_closed(RegistrationKey(run)):
             return None
         documents = self._state.documents
-        agreement = documents.agreement(run)  # another one when a site is admitted, or the run begins anew
-        known = self._outlooks.get(run)
-        if known is None or known[0] is not agreement:
-            foresee = foresee_model if self._state.settings.networks == "equal" else foresee_networks
-            known = agreement, foresee(documents.each_registration(run), agreement.match)
-            self._outlooks[run] = known
-        return known[1]
+        with self._lock:  # when registration closes all sites ask at once, and one answer does for all
+            agreement = documents.agreement(run)  # another one when a site is admitted, or the run begins anew
+            known = self._outlooks.get(run)
+            if known is None or known[0] is not agreement:
+                foresee = foresee_model if self._state.settings.networks == "equal" else foresee_networks
+                known = agreement, foresee(documents.each_registration(run), agreement.match)
+                self._outlooks[run] = known
+            return known[1]
 
     def outlooks(self, runs: Iterable[str]) -> api.Outlooks:
         """Foresee the averages of these runs, as far as they are known."""
