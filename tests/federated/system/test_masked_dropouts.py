@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fake_federation import RUN, in_threads, make_client, make_weights, served, wait_until
-from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, masked_site
+from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, masked_site, mean_of
 
 from nnunetv2.federated.coordinator import aggregation_worker
 from nnunetv2.federated.coordinator.storage.backup import backup, restore
@@ -18,12 +18,6 @@ from nnunetv2.federated.protocol.keys import RoundKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.site.credential import load_credential
 
 QUORUM = {"quorum": 4, "deadline_s": 3600.0}
-
-
-def mean_of(sites, start, number):
-    total = sum(site.registration.num_training_cases for site in sites)
-    trained = [(site.registration.num_training_cases, site.epoch(number, start)) for site in sites]
-    return {name: sum(cases * weights[name].astype(np.float64) for cases, weights in trained) / total for name in start}
 
 
 def all_join(sites):

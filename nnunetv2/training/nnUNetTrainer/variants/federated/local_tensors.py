@@ -7,12 +7,12 @@ They are sent and averaged like all others, so that the common model is whole; t
 from __future__ import annotations
 
 from collections.abc import Collection
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.models.networks import bare_network
+from nnunetv2.training.freezing import is_in_module
 
 NORM, HEAD, DECODER = "norm", "head", "decoder"
 SEGMENTATION_LAYERS = ".seg_layers."
@@ -36,7 +36,7 @@ def find_local_tensors(network: nn.Module, what: str, shared: Collection[str]) -
     elif what == HEAD:
         kept = frozenset(name for name in shared if SEGMENTATION_LAYERS in f".{name}")
     else:
-        kept = frozenset(name for name in shared if _is_meant(name, what))
+        kept = frozenset(name for name in shared if is_in_module(name, what))
     if not kept:
         example = f", for example {min(shared)}" if shared else ""
         raise FederationError(f"--keep-local {what}: none of the tensors that this site shares is meant{example}")
@@ -52,7 +52,3 @@ def _tensors_of_norms(network: nn.Module) -> set[str]:
         if "Norm" in type(module).__name__ and not any(module.children())  # blocks are named after what is in them
         for name in module.state_dict()
     }
-
-
-def _is_meant(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
