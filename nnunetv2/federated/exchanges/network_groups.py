@@ -6,7 +6,7 @@ of one that a single site has: a network is often a part of a deeper one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from nnunetv2.federated.aggregation.matching import count_parameters
@@ -59,6 +59,23 @@ def find_networks(registered: Iterable[tuple[str, Registration]], match: Match) 
         sites.setdefault(digest, []).append(site)
     order = sorted(found, key=lambda digest: (-sizes[digest], digest))
     return tuple(found[digest].model_copy(update={"sites": tuple(sites[digest])}) for digest in order)
+
+
+def never_averaged(tensors: Iterable[str], match: Match, rounds: Collection[tuple[frozenset[str], int]]) -> str:
+    """Return a tensor that no round has averaged, since too few of its sites took part; empty if there is none.
+
+    Args:
+        tensors: Canonical names.
+        rounds: The sites of each, and of how many, at least, a tensor was averaged.
+    """
+    return next(
+        (
+            name
+            for name in sorted(tensors)
+            if not any(len(match.shared[name].keys() & sites) >= least for sites, least in rounds)
+        ),
+        "",
+    )
 
 
 def network_digest(registration: Registration) -> str:
