@@ -291,8 +291,7 @@ class Participant:
         """
         if self.settings is None or not average.contributors:
             return
-        match, secure = self._match(), self.settings.secure
-        least = self.settings.min_sites if secure is None else secure.k
+        match, least = self._match(), self.settings.min_sites
         known, took_part = match.coverage.keys(), average.contributors.keys()
         holders = [match.shared[name].keys() | (took_part - known) for name in self.local_names]
         number = sum(len(sites & took_part) < least for sites in holders)

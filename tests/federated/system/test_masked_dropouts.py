@@ -178,6 +178,25 @@ def test_a_tensor_of_two_sites_stays_local_and_one_whose_sites_drop_out_keeps_it
         assert any("sums stay sealed" in line for line in federation.lines)
 
 
+def test_a_floor_that_is_raised_holds_for_every_tensor(tmp_path):
+    shapes = {"encoder.weight": (40, 30), "head.weight": (2, 4)}
+    of_three = {**shapes, "decoder.weight": (5, 5)}
+    with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0)) as federation:
+        sites = [
+            masked_site(federation, name, seed=seed, shapes=one, num_cases=10 + seed)
+            for seed, (name, one) in enumerate(zip(FIVE, (of_three, of_three, of_three, shapes, shapes), strict=True))
+        ]
+        starts = in_threads(*(site.join for site in sites))
+        federation.coordinator.change_settings(api.SettingsChange(min_sites=4), by="boss")
+        results = in_threads(
+            *(lambda site=site, start=start: site.round(0, start) for site, start in zip(sites, starts, strict=True))
+        )
+        weights, _ = results[0]
+        np.testing.assert_array_equal(weights["decoder.weight"], starts[0]["decoder.weight"])
+        assert_close(weights, mean_of(sites, {name: starts[0][name] for name in shapes}, 0))
+        assert any("1 tensors keep their values" in line for line in federation.lines)
+
+
 def test_a_latecomer_is_in_the_round_after_the_one_that_is_open(tmp_path):
     with served(tmp_path / "federation", masked_settings((*THREE, "D"), validate_every=0)) as federation:
         sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate((*THREE, "D"))]

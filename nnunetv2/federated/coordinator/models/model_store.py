@@ -64,10 +64,7 @@ class ModelStore:
         found = set()
         for first in range(0, number + 1, _RECORDS):  # those of a long run are large
             for record in self._state.store.load_rounds(run, first, min(_RECORDS, number + 1 - first)):
-                settings = record["settings"]
-                least = (
-                    settings["secure"]["k"] if settings.get("secure") else settings.get("min_sites", api.LEAST_SITES)
-                )
+                least = record["settings"].get("min_sites", api.LEAST_SITES)
                 found.add((frozenset(record["sites"]), least))
         return found
 
