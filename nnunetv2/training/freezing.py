@@ -44,9 +44,9 @@ def match_parameters(network: nn.Module, pattern: str) -> list[str]:
             raise ValueError(f"--freeze {pattern}: no regular expression, {error}") from error
         found = [name for name in names if expression.search(name)]
     else:
-        found = [name for name in names if _is_in_module(name, pattern)]
+        found = [name for name in names if is_in_module(name, pattern)]
     if not found and pattern == _ENCODER:
-        found = [name for name in names if any(_is_in_module(name, part) for part in _encoder_parts(network))]
+        found = [name for name in names if any(is_in_module(name, part) for part in _encoder_parts(network))]
     if not found:
         modules = dict.fromkeys(name.split(".")[0] for name in names)
         raise ValueError(
@@ -102,7 +102,8 @@ def ensure_frozen_(trainer: nnUNetTrainer) -> None:
     trainer.print_to_log_file(freeze_(trainer.network, trainer.freeze_patterns))
 
 
-def _is_in_module(name: str, pattern: str) -> bool:
+def is_in_module(name: str, pattern: str) -> bool:
+    """Tell whether a tensor has a name, or is in a module of it, in which `*`, `?` and `[...]` stand for characters."""
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 

@@ -137,3 +137,10 @@ def masked_site(federation, site: str, *, seed: int, **options) -> MaskedSite:
     credential = federation.credential(site)
     file = federation.coordinator.state.store.folder / f"credential.{site}.json"
     return MaskedSite(federation.client(site), credential, file, seed=seed, **options)
+
+
+def mean_of(sites, start, number):
+    """Return what a plain weighted mean would be: names -> float64."""
+    total = sum(site.registration.num_training_cases for site in sites)
+    trained = [(site.registration.num_training_cases, site.epoch(number, start)) for site in sites]
+    return {name: sum(cases * weights[name].astype(np.float64) for cases, weights in trained) / total for name in start}

@@ -17,6 +17,7 @@ from nnunetv2.federated.commands import fetch_model, manifest
 from nnunetv2.federated.coordinator.models.model_folder import name_of_zip
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.privacy.disclosure import allow_list_of
+from nnunetv2.federated.protocol.keys import RoundKey
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import nnUNetTrainerFedAvg
 
 pytestmark = pytest.mark.slow
@@ -180,3 +181,70 @@ def test_a_site_with_another_network_is_let_in_late(make_sites):
     text = "\n".join(lines)
     assert "The sites have 2 networks; there will be 2 common models" in text
     assert "site A shares" in text and "(100.0%)" in text
+
+
+class LeavesAfterOneRound(Seeded):
+    """A site that leaves the run when a round is over."""
+
+    leaves_in = 1
+
+    def on_train_epoch_start(self):
+        if self.current_epoch == self.leaves_in:
+            self.participant.transport.act(RUN, "leave")
+            raise Killed
+        super().on_train_epoch_start()
+
+
+LeavesAfterOneRound.__name__ = Seeded.__name__  # of which the run is called
+
+
+def test_a_site_whose_partners_have_left_is_told_that_its_layers_stay_as_they_are(make_sites):
+    """Nothing of a single site becomes an average, or a model: what it alone has trained since goes nowhere."""
+    sites = make_sites(sites=("A", "B", "C"), num_epochs=3, **OWN)
+    shallow, leaving, staying = (
+        sites.trainer(site, kind, plans=plans_of(site))
+        for site, kind in zip("ABC", (Seeded, LeavesAfterOneRound, Seeded))
+    )
+    found = in_threads(shallow.run_training, leaving.run_training, staying.run_training)
+    assert found[0] is found[2] is None and isinstance(found[1], Killed)
+    lines = "\n".join(staying.lines)
+    assert "shared tensors keep their values of the round before, since fewer than 2 of the sites" in lines
+    assert "keep their values" not in "\n".join(shallow.lines)
+    store = sites.federation.state.store
+    assert [record["kept"] > 0 for record in store.load_rounds(RUN)] == [False, True, True]
+    deepest = "encoder.stages.2.0.convs.0.conv.weight"
+    with sites.federation.state.documents.result(RoundKey(RUN, 1)) as document:
+        np.testing.assert_array_equal(weights_of(staying)[deepest], document.read(deepest))
+
+
+class LeavesAtOnce(LeavesAfterOneRound):
+    """A site that leaves the run before it has trained."""
+
+    leaves_in = 0
+
+
+LeavesAtOnce.__name__ = Seeded.__name__
+
+
+def test_there_is_no_model_of_a_network_that_was_never_averaged_whole(make_sites):
+    """It was foreseen, and would now hold the random numbers that its training began with."""
+    sites = make_sites(sites=("A", "B", "C"), num_epochs=2, validate_every=1, **OWN)
+    shallow, leaving, staying = (
+        sites.trainer(site, kind, plans=plans_of(site)) for site, kind in zip("ABC", (Seeded, LeavesAtOnce, Seeded))
+    )
+    found = in_threads(shallow.run_training, leaving.run_training, staying.run_training)
+    assert found[0] is found[2] is None and isinstance(found[1], Killed)
+    assert "there will be 2 common models" in "\n".join(staying.lines)
+    federation = sites.federation
+    wait_until(lambda: federation.state.store.load_events("model"))
+    text = federation.state.store.load_events("model")[0].detail["outcome"]
+    folder = federation.state.store.folder / "models"
+    (model,) = (one for one in folder.iterdir() if one.is_dir())
+    assert (
+        json.loads((model / "plans.json").read_text())["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"][
+            "n_stages"
+        ]
+        == STAGES["A"]
+    )
+    assert "no round had enough of the sites with tensor decoder." in text, text
+    assert {one.parts[1] for one in fetch_model.checkpoints_in(folder / name_of_zip(text))} == {model.name}

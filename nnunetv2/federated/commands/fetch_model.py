@@ -124,12 +124,13 @@ def local_dataset(path: Path) -> str:
 def _datasets_with_plans(path: Path) -> set[str]:
     """Return this site's datasets that were planned or trained with a model's plans."""
     from nnunetv2.federated.exchanges.consistency import comparable_plans
+    from nnunetv2.federated.exchanges.network_groups import DIGITS
     from nnunetv2.federated.privacy.own_networks import OWN_PLANS
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 
     model = checkpoints_in(path)[0].parent.parent
     plans = _plans_in(path, model)
-    if re.fullmatch(rf"{OWN_PLANS}_[0-9a-f]{{8}}", plans["plans_name"]):  # the name of a network, no site's own
+    if re.fullmatch(rf"{OWN_PLANS}_[0-9a-f]{{{DIGITS}}}", plans["plans_name"]):  # the name of a network, no site's own
         return _datasets_that_agree(plans)
     for root, place in (
         (nnUNet_preprocessed, f"*/{plans['plans_name']}.json"),

@@ -6,7 +6,7 @@ of one that a single site has: a network is often a part of a deeper one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from nnunetv2.federated.aggregation.matching import count_parameters
@@ -17,8 +17,8 @@ from nnunetv2.federated.protocol.messages import Match, Registration
 from nnunetv2.federated.protocol.strict_json import json_digest
 from nnunetv2.utilities.plain_text import printable
 
-DIGITS = 8
-"""Of a network's digest in its name."""
+DIGITS = 16
+"""Of a network's digest in its name: too many for a site to find another network of the same name."""
 _MOST_CHARACTERS = 100
 
 
@@ -61,6 +61,23 @@ def find_networks(registered: Iterable[tuple[str, Registration]], match: Match) 
     return tuple(found[digest].model_copy(update={"sites": tuple(sites[digest])}) for digest in order)
 
 
+def never_averaged(tensors: Iterable[str], match: Match, rounds: Collection[tuple[frozenset[str], int]]) -> str:
+    """Return a tensor that no round has averaged, since too few of its sites took part; empty if there is none.
+
+    Args:
+        tensors: Canonical names.
+        rounds: The sites of each, and of how many, at least, a tensor was averaged.
+    """
+    return next(
+        (
+            name
+            for name in sorted(tensors)
+            if not any(len(match.shared[name].keys() & sites) >= least for sites, least in rounds)
+        ),
+        "",
+    )
+
+
 def network_digest(registration: Registration) -> str:
     """Return a digest of tensors, architecture and trainer, which decide a network's output."""
     return json_digest(
@@ -83,7 +100,9 @@ def describe_network(registration: Registration) -> str:
     options = architecture.get("arch_kwargs")
     stages = options.get("n_stages") if is_planned and isinstance(options, Mapping) else None
     depth = f" with {stages} stages" if isinstance(stages, int) else ""
-    return f"{printable(kind, most=_MOST_CHARACTERS)}{depth}, {count_parameters(registration.tensors):,} parameters"
+    return (
+        f"{printable(f'{kind}{depth}', most=_MOST_CHARACTERS)}, {count_parameters(registration.tensors):,} parameters"
+    )
 
 
 def _architecture(registration: Registration) -> Mapping[str, Any]:

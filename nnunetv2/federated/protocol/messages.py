@@ -115,7 +115,8 @@ Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 """Of Ed25519, in hexadecimal."""
 Text = Annotated[str, Field(max_length=500)]
 LongText = Annotated[str, Field(max_length=8000)]
-Count = Annotated[int, Field(ge=0, le=2**62)]
+LARGEST_COUNT = 2**62
+Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Label = Annotated[int, Field(ge=-(2**31), le=2**31)]
@@ -452,6 +453,8 @@ class Registration(Message):
             raise ValueError("tensors: names are repeated")
         if names & self.aliases.keys() or not set(self.aliases.values()) <= names:
             raise ValueError("aliases must lead from further names to names in tensors")
+        if sum(math.prod(entry.shape) for entry in self.tensors) > LARGEST_COUNT:  # a match could not say how many
+            raise ValueError("tensors: no network is that large")
         return self
 
 

@@ -93,6 +93,8 @@ class Participant:
         """Those that the training obeys. None: they are asked for."""
         self._masked: MaskedRun | None = None
         """This site's part in a run whose updates are masked."""
+        self._num_kept = 0
+        """Shared tensors that the last round has left as they were."""
 
     def register(self, registration: messages.Registration) -> messages.Match:
         """Register this site's training, wait for the others, and return the match.
@@ -277,9 +279,30 @@ class Participant:
                 self._codec.take_over({})
         self._rests_due = None if document.message.round is None else document.message.round + 1
         answer = self._read(document), document.message
+        self._report_kept(document.message)
         if self._masked is not None:
             self._masked.finish_validations(wait_s=FINISHING_PATIENCE_S)
         return answer
+
+    def _report_kept(self, average: messages.Aggregate) -> None:
+        """Say so when tensors of this site keep their values, or no longer do, since few of their sites are left.
+
+        Sites that were admitted later may have any of them.
+        """
+        if self.settings is None or not average.contributors:
+            return
+        match, least = self._match(), self.settings.min_sites
+        known, took_part = match.coverage.keys(), average.contributors.keys()
+        holders = [match.shared[name].keys() | (took_part - known) for name in self.local_names]
+        number = sum(len(sites & took_part) < least for sites in holders)
+        if number > self._num_kept:
+            self._report(
+                f"{number} of {len(holders)} shared tensors keep their values of the round before, since fewer than "
+                f"{least} of the sites that have them took part: what this site has trained of them does not count"
+            )
+        elif number < self._num_kept:
+            self._report(f"{self._num_kept - number} tensors that kept their values are averaged again")
+        self._num_kept = number
 
     def wants_validation(self, aggregate: messages.Aggregate, *, is_last: bool) -> bool:
         """Tell whether this site is to validate an aggregate, by the present settings."""

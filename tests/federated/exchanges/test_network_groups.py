@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import threading
 
 import pytest
 from fake_federation import RUN, SHAPES, in_threads, make_registration, make_settings, served, wait_until
@@ -10,6 +12,8 @@ from tiny_dataset import make_plans
 
 from nnunetv2.federated.commands import status
 from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder
+from nnunetv2.federated.coordinator.models import model_store
+from nnunetv2.federated.coordinator.models.model_store import ModelStore
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.network_groups import describe_network, foresee_networks
 from nnunetv2.federated.exchanges.steps.registration import match_registrations
@@ -43,7 +47,8 @@ def test_a_network_that_is_part_of_a_deeper_one_becomes_a_model_though_a_single_
     assert deep.obstacle == "tensor encoder.stages.9.weight of the network is not shared by the sites"
     assert (shallow.trainer, shallow.obstacle) == ("nnUNetTrainer", "")
     assert (found.trainer, found.obstacle) == ("nnUNetTrainer", "")
-    assert deep.name != shallow.name and all(one.name.startswith("own_") for one in found.networks)
+    assert deep.name != shallow.name
+    assert all(re.fullmatch("own_[0-9a-f]{16}", one.name) for one in found.networks)
     assert str(found) == "the sites have 2 networks; there will be 1 common model"
     text = "\n".join(found.details())
     assert f"site A shares {count(SHAPES):,} of its {count(SHAPES):,} parameters (100.0%)" in text
@@ -76,6 +81,11 @@ def test_what_nobody_can_describe_is_named_by_its_trainer():
     odd = make_own(deep=False)
     odd.plans["configurations"]["3d_fullres"]["architecture"] = {"network_class_name": "a.\x1b[31m" + "x" * 999}
     assert len(describe_network(odd)) < 200 and "\x1b" not in describe_network(odd)
+    odd.plans["configurations"]["3d_fullres"]["architecture"] = {
+        "network_class_name": "a",
+        "arch_kwargs": {"n_stages": 10**399},
+    }
+    assert len(describe_network(odd)) < 200
 
 
 def test_a_trainer_that_wants_equal_plans_is_refused_at_once(tmp_path):
@@ -83,6 +93,42 @@ def test_a_trainer_that_wants_equal_plans_is_refused_at_once(tmp_path):
         with pytest.raises(RefusedError, match="wants the same plans at all sites") as info:
             Participant(client, site="A", run=RUN).register(make_own(deep=False, requires_equal_plans=True, **RUN_OF))
         assert "nnUNetTrainerAsymFedAvg" in info.value.remedy
+
+
+def test_more_of_plans_than_network_and_patch_is_refused_at_once(tmp_path):
+    """Nobody compares it, and a common model would carry it to all."""
+    with served(tmp_path / "federation", make_settings(networks="own")) as federation, federation.client("A") as client:
+        for place in ("", "3d_fullres"):
+            talkative = make_own(deep=False, **RUN_OF)
+            described = talkative.plans["configurations"][place] if place else talkative.plans
+            described["inherits_from" if place else "experiment_planner_used"] = "3d_fullres"
+            with pytest.raises(RefusedError, match="registers more of its plans than network and patch"):
+                Participant(client, site="A", run=RUN).register(talkative)
+
+
+def test_an_outlook_is_computed_once_for_all_who_ask(tmp_path, monkeypatch):
+    registered = {"A": make_own(deep=False, **RUN_OF), "B": make_own(deep=True, **RUN_OF)}
+    with served(tmp_path / "federation", make_settings(networks="own", matching="resolution")) as federation:
+        clients = {site: federation.client(site) for site in registered}
+        in_threads(
+            *(
+                lambda site=site: Participant(clients[site], site=site, run=RUN).register(registered[site])
+                for site in registered
+            )
+        )
+        calls = []
+
+        def foresee_slowly(registrations, match):
+            calls.append(match)
+            threading.Event().wait(0.2)  # while the others ask
+            return foresee_networks(registrations, match)
+
+        models = ModelStore(federation.state)
+        monkeypatch.setattr(model_store, "foresee_networks", foresee_slowly)
+        found = in_threads(*[lambda: models.outlook(RUN)] * 8)
+        assert len(calls) == 1 and all(one is found[0] for one in found)
+        for client in clients.values():
+            client.close()
 
 
 RUN_OF = {"trainer": "nnUNetTrainerFake"}

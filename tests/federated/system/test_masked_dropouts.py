@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from fake_federation import RUN, in_threads, make_client, make_weights, served, wait_until
-from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, masked_site
+from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, masked_site, mean_of
 
 from nnunetv2.federated.coordinator import aggregation_worker
 from nnunetv2.federated.coordinator.storage.backup import backup, restore
@@ -18,12 +18,6 @@ from nnunetv2.federated.protocol.keys import RoundKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.site.credential import load_credential
 
 QUORUM = {"quorum": 4, "deadline_s": 3600.0}
-
-
-def mean_of(sites, start, number):
-    total = sum(site.registration.num_training_cases for site in sites)
-    trained = [(site.registration.num_training_cases, site.epoch(number, start)) for site in sites]
-    return {name: sum(cases * weights[name].astype(np.float64) for cases, weights in trained) / total for name in start}
 
 
 def all_join(sites):
@@ -182,6 +176,25 @@ def test_a_tensor_of_two_sites_stays_local_and_one_whose_sites_drop_out_keeps_it
         expected = mean_of(others, {name: starts[0][name] for name in shapes}, 0)
         assert_close(weights, expected)
         assert any("sums stay sealed" in line for line in federation.lines)
+
+
+def test_a_floor_that_is_raised_holds_for_every_tensor(tmp_path):
+    shapes = {"encoder.weight": (40, 30), "head.weight": (2, 4)}
+    of_three = {**shapes, "decoder.weight": (5, 5)}
+    with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0)) as federation:
+        sites = [
+            masked_site(federation, name, seed=seed, shapes=one, num_cases=10 + seed)
+            for seed, (name, one) in enumerate(zip(FIVE, (of_three, of_three, of_three, shapes, shapes), strict=True))
+        ]
+        starts = in_threads(*(site.join for site in sites))
+        federation.coordinator.change_settings(api.SettingsChange(min_sites=4), by="boss")
+        results = in_threads(
+            *(lambda site=site, start=start: site.round(0, start) for site, start in zip(sites, starts, strict=True))
+        )
+        weights, _ = results[0]
+        np.testing.assert_array_equal(weights["decoder.weight"], starts[0]["decoder.weight"])
+        assert_close(weights, mean_of(sites, {name: starts[0][name] for name in shapes}, 0))
+        assert any("1 tensors keep their values" in line for line in federation.lines)
 
 
 def test_a_latecomer_is_in_the_round_after_the_one_that_is_open(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from fake_federation import RUN, SHAPES, in_threads, make_registration, make_settings, make_weights, served, wait_until
-from masked_sites import FIVE, THREE, digest_of, masked_settings, masked_site
+from masked_sites import FIVE, THREE, digest_of, masked_settings, masked_site, mean_of
 
 from nnunetv2.federated.coordinator.dashboard.curves import build_curves
 from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder
@@ -13,13 +13,6 @@ from nnunetv2.federated.privacy.secure_aggregation import masking, protocol
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.keys import RoundKey, UploadKey
 from nnunetv2.federated.protocol.rounds import Rounds
-
-
-def expected_mean(sites, start, number):
-    """Return what a plain weighted mean would be: names -> float64."""
-    total = sum(site.registration.num_training_cases for site in sites)
-    trained = [(site.registration.num_training_cases, site.epoch(number, start)) for site in sites]
-    return {name: sum(cases * weights[name].astype(np.float64) for cases, weights in trained) / total for name in start}
 
 
 @pytest.mark.slow
@@ -31,7 +24,7 @@ def test_masked_rounds_give_the_weighted_mean(tmp_path, names):
         assert len(set(digests)) == 1, digests
         start = make_weights(len(names) - 1)  # the site with most cases owns all tensors
         for number in range(3):
-            start = {name: mean.astype(np.float32) for name, mean in expected_mean(sites, start, number).items()}
+            start = {name: mean.astype(np.float32) for name, mean in mean_of(sites, start, number).items()}
         with federation.state.documents.result(RoundKey(RUN, 2)) as document:
             for name, values in start.items():
                 np.testing.assert_allclose(document.read(name), values, rtol=1e-5, atol=1e-6)

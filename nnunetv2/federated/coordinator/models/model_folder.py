@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.consistency import PLANS_OF_A_SITE, comparable_plans
 from nnunetv2.federated.exchanges.declared_privacy import privacy_record
 from nnunetv2.federated.exchanges.documents import DocumentReader
-from nnunetv2.federated.exchanges.network_groups import find_networks
+from nnunetv2.federated.exchanges.network_groups import find_networks, never_averaged
 from nnunetv2.federated.exchanges.outlook import counters_of, foresee_model
 from nnunetv2.federated.privacy.own_networks import OWN_PLANS, resolve
 from nnunetv2.federated.protocol.keys import PlansKey, RoundKey
@@ -67,8 +67,22 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
     return f"model written to {model} and {_write_zip(model.with_name(f'{model.name}.zip'), [model], registration)}"
 
 
-def keep_models_of_networks(run: str, folder: Path, *, final: int, best: int | None, archive: DocumentReader) -> str:
-    """Write a model folder for every network that is shared whole; see `keep_models`."""
+def keep_models_of_networks(
+    run: str,
+    folder: Path,
+    *,
+    final: int,
+    best: int | None,
+    archive: DocumentReader,
+    rounds_until: Callable[[int], Collection[tuple[frozenset[str], int]]],
+) -> str:
+    """Write a model folder for every network that is shared whole; see `keep_models`.
+
+    Of a network whose sites have left before all of it was averaged there is none: it would hold initial values.
+
+    Args:
+        rounds_until: Number of a round -> of it and those before, the sites, and the fewest that average a tensor.
+    """
     registrations = archive.registrations(run)
     match = archive.agreement(run).match
     first = next(iter(registrations.values()))
@@ -78,31 +92,43 @@ def keep_models_of_networks(run: str, folder: Path, *, final: int, best: int | N
             f"no model folder is written, the last aggregate is {archive.result_path(RoundKey(run, final))}: "
             "no network of any site is shared whole"
         )
-    models = []
+    models, lacking = [], []
+    averaged = {number: rounds_until(number) for number in (final, best) if number is not None}
     for network in networks:
         # Of its sites, the one whose initial weights all have started from says how large a patch is.
         site = min(network.sites, key=lambda one: (-registrations[one].num_training_cases, one))
         registration = registrations[site].model_copy(
             update={"plans": plans_of_network(registrations[site], registrations, network.name)}
         )
+        names = names_of_site(site, registration, match)
+        lacks = {number: never_averaged(names.values(), match, rounds) for number, rounds in averaged.items()}
+        if lacks[final]:
+            lacking.append(f"none of {network.name}: no round had enough of the sites with tensor {lacks[final]}")
+            continue
         models.append(
             _write_model(
                 run,
                 folder,
                 {site: registration, **{other: one for other, one in registrations.items() if other != site}},
-                names_of_site(site, registration, match),
+                names,
                 final=final,
-                best=best,
+                best=None if best is None or lacks[best] else best,
                 archive=archive,
                 trainer=network.trainer,
             )
+        )
+    if not models:
+        return (
+            f"no model folder is written, the last aggregate is {archive.result_path(RoundKey(run, final))}: "
+            f"{'; '.join(lacking)}"
         )
     together = folder / f"{first.trainer}__{OWN_PLANS}__{first.configuration}.zip"
     # With those of other folds, whose networks may be others.
     packed = sorted(
         path for path in folder.glob(f"{first.trainer}__{OWN_PLANS}_*__{first.configuration}") if path.is_dir()
     )
-    return f"model written to {', '.join(map(str, models))} and {_write_zip(together, packed, first)}"
+    where = ", ".join(map(str, models)) + (f" ({'; '.join(lacking)})" if lacking else "")
+    return f"model written to {where} and {_write_zip(together, packed, first)}"
 
 
 def names_of_site(site: str, registration: Registration, match: Match) -> dict[str, str | tuple[str, ...]]:
@@ -267,7 +293,7 @@ def plans_of_network(
     if isinstance(before, str):
         described[before] = resolve(registration.plans, before)
     configurations = {
-        configuration: {"data_identifier": f"{name}_{configuration}", "batch_size": SMALLEST_BATCH, **content}
+        configuration: {**content, "data_identifier": f"{name}_{configuration}", "batch_size": SMALLEST_BATCH}
         for configuration, content in described.items()
     }
     return {

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from nnunetv2.federated.coordinator.models.model_folder import keep_models, keep_models_of_networks, name_of_zip
@@ -19,6 +20,8 @@ from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.protocol.keys import RegistrationKey
 
 FOLDER = "models"
+_RECORDS = 100
+"""Of rounds, read at a time."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class ModelStore:
 
     def __init__(self, state: FederationState) -> None:
         self._state = state
+        self._lock = threading.Lock()
         self._outlooks: dict[str, tuple[Agreement, Outlook]] = {}
         """Run -> what will become of its averages, and what that follows from."""
 
@@ -46,10 +50,23 @@ class ModelStore:
         assert final is not None, run  # a run of no closed round has no model
         folder = state.store.folder / FOLDER
         folder.mkdir(mode=0o700, exist_ok=True)
-        keep = keep_models if state.settings.networks == "equal" else keep_models_of_networks
+        keep = (
+            keep_models
+            if state.settings.networks == "equal"
+            else partial(keep_models_of_networks, rounds_until=lambda number: self._rounds_until(run, number))
+        )
         text = keep(run, folder, final=final, best=rounds["best"], archive=state.documents)
         state.record("model", None, run, {"outcome": text, "rounds": rounds})
         state.log(f"run {run} is over: {text}")
+
+    def _rounds_until(self, run: str, number: int) -> set[tuple[frozenset[str], int]]:
+        """Return, of the rounds of a run up to one, the sites, and the fewest that average a tensor."""
+        found = set()
+        for first in range(0, number + 1, _RECORDS):  # those of a long run are large
+            for record in self._state.store.load_rounds(run, first, min(_RECORDS, number + 1 - first)):
+                least = record["settings"].get("min_sites", api.LEAST_SITES)
+                found.add((frozenset(record["sites"]), least))
+        return found
 
     def outlook(self, run: str) -> Outlook | None:
         """Return what will become of a run's averages.
@@ -59,13 +76,14 @@ class ModelStore:
         if not self._state.registry.is_closed(RegistrationKey(run)):
             return None
         documents = self._state.documents
-        agreement = documents.agreement(run)  # another one when a site is admitted, or the run begins anew
-        known = self._outlooks.get(run)
-        if known is None or known[0] is not agreement:
-            foresee = foresee_model if self._state.settings.networks == "equal" else foresee_networks
-            known = agreement, foresee(documents.each_registration(run), agreement.match)
-            self._outlooks[run] = known
-        return known[1]
+        with self._lock:  # when registration closes all sites ask at once, and one answer does for all
+            agreement = documents.agreement(run)  # another one when a site is admitted, or the run begins anew
+            known = self._outlooks.get(run)
+            if known is None or known[0] is not agreement:
+                foresee = foresee_model if self._state.settings.networks == "equal" else foresee_networks
+                known = agreement, foresee(documents.each_registration(run), agreement.match)
+                self._outlooks[run] = known
+            return known[1]
 
     def outlooks(self, runs: Iterable[str]) -> api.Outlooks:
         """Foresee the averages of these runs, as far as they are known."""

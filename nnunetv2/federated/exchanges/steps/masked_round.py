@@ -128,7 +128,7 @@ def combine_round(exchange: Exchange, opened: Opened, settings: FederationSettin
         contributors=dict.fromkeys(outcome.contributors, 1.0),
         next_round=next_round(outcome.cohort, agreement.weights, typical_change=figures.change),
     )
-    places = _places(plan, opened, agreement.specs)
+    places = _places(plan, opened, agreement.specs, min_sites=settings.min_sites)
     codec = masked_codec_of(agreement.match.precision)
     with reader.result(start_of(key)) as before:
 
@@ -206,11 +206,17 @@ def abandon_round(exchange: Exchange, settings: FederationSettings, reader: Docu
     return Computed(digest, record)
 
 
-def _places(plan: RoundPlan, opened: Opened, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[str, int]]:
-    """Return, per tensor that can be unmasked, its group and the word at which it begins."""
+def _places(
+    plan: RoundPlan, opened: Opened, specs: Mapping[str, TensorSpec], *, min_sites: int
+) -> dict[str, tuple[str, int]]:
+    """Return, per tensor that is averaged, its group and the word at which it begins.
+
+    Args:
+        min_sites: The operator may have raised it since masks were bound to k.
+    """
     places = {}
     for group in plan.groups:
-        if group.name in opened.masks:
+        if group.name in opened.masks and len(opened.survivors[group.name]) >= min_sites:
             begin = CHECK_WORDS
             for name in group.tensors:
                 places[name] = group.name, begin

@@ -19,6 +19,7 @@ from nnunetv2.federated.exchanges.steps.base import LARGEST_MESSAGE, Step, compa
 from nnunetv2.federated.exchanges.steps.census import check_same_dataset, planned_cases, settled_labels
 from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
 from nnunetv2.federated.privacy.identities import check_run_keys
+from nnunetv2.federated.privacy.own_networks import plans_to_register
 from nnunetv2.federated.privacy.secure_aggregation.protocol import check_size
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, Limits, TensorSpec
@@ -213,12 +214,20 @@ def check_registration(
 
 
 def check_has_own_network(site: str, message: Registration, settings: FederationSettings) -> None:
-    """Raise RefusedError if a trainer wants equal plans where sites have networks of their own."""
+    """Raise RefusedError if, where networks are sites' own, a trainer wants equal plans, or too much of them comes."""
     if settings.networks == "own" and message.requires_equal_plans:
         raise RefusedError(
             f"site {site} trains with {message.trainer}, which wants the same plans at all sites, and in this "
             "federation each has its own (--networks own)",
             "Train with -tr nnUNetTrainerAsymFedAvg at all sites.",
+            code="plans_differ",
+        )
+    if settings.networks == "own" and message.plans != plans_to_register(message.plans, message.configuration):
+        # The plans of a common model are those of one of its sites, and nobody compares what else may be in them.
+        raise RefusedError(
+            f"site {site} registers more of its plans than network and patch, and in this federation the rest stays at "
+            "each site (--networks own)",
+            "Use the version of the software that the coordinator has.",
             code="plans_differ",
         )
 

@@ -11,7 +11,7 @@ from nnunetv2.federated.aggregation import weighted_mean
 from nnunetv2.federated.aggregation.codecs import int8
 from nnunetv2.federated.errors import WireError
 from nnunetv2.federated.exchanges.declared_privacy import entry_of_site
-from nnunetv2.federated.exchanges.documents import DocumentReader
+from nnunetv2.federated.exchanges.documents import DocumentReader, start_of
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Policy
 from nnunetv2.federated.exchanges.secure_sums import SecureSum
 from nnunetv2.federated.exchanges.steps.base import Computed, State, closed_outcome
@@ -20,7 +20,7 @@ from nnunetv2.federated.exchanges.steps.secure_sum import Opened, UnmaskingStep,
 from nnunetv2.federated.exchanges.steps.weights import WeightStep, check_number
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
-from nnunetv2.federated.protocol.keys import ExchangeKey, InitialKey, RoundKey, SurvivorsKey, UploadKey
+from nnunetv2.federated.protocol.keys import ExchangeKey, RoundKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.protocol.messages import Aggregate, Update
 
 
@@ -47,7 +47,7 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
 
     def prerequisite(self, key: RoundKey) -> ExchangeKey[Any, Aggregate]:
         """Return the round before, or what the first one begins with."""
-        return RoundKey(key.run, key.number - 1) if key.number else InitialKey(key.run)
+        return start_of(key)
 
     def check_may_begin(self, key: RoundKey, settings: FederationSettings) -> None:
         """Raise RefusedError if runs have fewer rounds."""

@@ -27,13 +27,15 @@ def test_plans_of_a_network_are_plans(configuration):
     registration = registration.model_copy(update={"configuration": configuration})
     other = make_registration(plans={**registration.plans, "image_reader_writer": "NibabelIO"})
     registered = {"A": registration, "B": other, "C": other}
-    plans = plans_of_network(registration, registered, "own_12345678")
+    plans = plans_of_network(registration, registered, "own_0123456789abcdef")
     manager, before = PlansManager(plans), PlansManager(own)
-    assert manager.plans_name == "own_12345678" and plans["image_reader_writer"] == "NibabelIO"  # as at most sites
+    assert (
+        manager.plans_name == "own_0123456789abcdef" and plans["image_reader_writer"] == "NibabelIO"
+    )  # as at most sites
     found, expected = manager.get_configuration(configuration), before.get_configuration(configuration)
     for name in ("patch_size", "spacing", "normalization_schemes", "network_arch_class_name", "previous_stage_name"):
         assert getattr(found, name) == getattr(expected, name), name
-    assert (found.batch_size, found.data_identifier) == (2, f"own_12345678_{configuration}")
+    assert (found.batch_size, found.data_identifier) == (2, f"own_0123456789abcdef_{configuration}")
     is_cascade = configuration == "3d_cascade_fullres"
     assert set(plans["configurations"]) == {configuration, *(["3d_lowres"] if is_cascade else [])}
     assert manager.transpose_forward == before.transpose_forward

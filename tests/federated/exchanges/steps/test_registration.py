@@ -10,6 +10,8 @@ from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.exchanges.steps.registration import check_annotations, match_registrations, remarks_on_classes
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.keys import RegistrationKey
+from nnunetv2.federated.protocol.messages import Registration, TensorEntry
+from nnunetv2.federated.protocol.strict_json import decode_json, encode_json
 
 
 def test_a_match_says_what_is_shared_and_not_how_many_cases_a_site_has():
@@ -37,6 +39,15 @@ def test_plans_are_compared_where_a_trainer_wants_them_equal():
         match_registrations(
             {"A": make_registration(), "B": make_registration(plans=different, equal=True)}, make_settings()
         )
+
+
+def test_a_network_that_no_match_could_count_is_refused_on_arrival():
+    """Two sites that claim such a one would share it, and the registration of all could never close."""
+    huge = make_registration(aliases={})
+    entries = [TensorEntry(name=name, dtype="F32", shape=(2**31, 2**31)) for name in ("a.weight", "b.weight")]
+    huge = huge.model_copy(update={"tensors": tuple(entries)})
+    with pytest.raises(WireError, match="no network is that large"):
+        decode_json(Registration, encode_json(huge))
 
 
 # ------------------------------------------------------------------------------------------------ different classes

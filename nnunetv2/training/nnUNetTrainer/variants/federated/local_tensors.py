@@ -7,13 +7,13 @@ They are sent and averaged like all others, so that the common model is whole; t
 from __future__ import annotations
 
 from collections.abc import Collection
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from nnunetv2.federated.aggregation.head_rows import whole_names
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.models.networks import bare_network
+from nnunetv2.training.freezing import is_in_module
 
 NORM, HEAD, DECODER = "norm", "head", "decoder"
 SEGMENTATION_LAYERS = ".seg_layers."
@@ -37,7 +37,9 @@ def find_local_tensors(network: nn.Module, what: str, shared: Collection[str]) -
     elif what == HEAD:
         kept = frozenset(name for name in shared if SEGMENTATION_LAYERS in f".{name}")
     else:
-        kept = frozenset(name for name in shared if any(_is_meant(one, what) for one in (name, *whole_names([name]))))
+        kept = frozenset(
+            name for name in shared if any(is_in_module(one, what) for one in (name, *whole_names([name])))
+        )
     if not kept:
         example = f", for example {min(shared)}" if shared else ""
         raise FederationError(f"--keep-local {what}: none of the tensors that this site shares is meant{example}")
@@ -53,7 +55,3 @@ def _tensors_of_norms(network: nn.Module) -> set[str]:
         if "Norm" in type(module).__name__ and not any(module.children())  # blocks are named after what is in them
         for name in module.state_dict()
     }
-
-
-def _is_meant(name: str, pattern: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
