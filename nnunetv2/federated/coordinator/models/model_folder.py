@@ -101,7 +101,7 @@ def keep_models_of_networks(
             update={"plans": plans_of_network(registrations[site], registrations, network.name)}
         )
         names = names_of_site(site, registration, match)
-        lacks = {number: never_averaged(names.values(), match, rounds) for number, rounds in averaged.items()}
+        lacks = {number: never_averaged(match.received_by(site), match, rounds) for number, rounds in averaged.items()}
         if lacks[final]:
             lacking.append(f"none of {network.name}: no round had enough of the sites with tensor {lacks[final]}")
             continue
