@@ -458,7 +458,9 @@ def test_a_site_says_that_too_few_take_part(tmp_path):
 
         def come_back():
             wait_until(lambda: any("too few sites take part at the moment, waiting for 1 more" in one for one in lines))
-            assert any("fingerprint/census waits: A, B have contributed" in one for one in federation.lines)
+            wait_until(
+                lambda: any("fingerprint/census waits: A, B have contributed" in one for one in federation.lines)
+            )
             federation.coordinator.invite("C", "site", by="boss")
             return take_part("C")
 
