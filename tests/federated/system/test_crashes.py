@@ -76,8 +76,8 @@ def test_a_run_survives_a_coordinator_that_is_killed_again_and_again(tmp_path, u
         sites.start()
         for number, is_reached in reached.items():
             assert is_reached.wait(PATIENCE_S)
-            process.kill()
             told = len(lines)
+            process.kill()
             wait_until(lambda: any("trying again" in line for line in lines[told:]))  # noqa: B023 - called at once
             process.start()
             killed[number].set()

@@ -7,7 +7,7 @@ import json
 import os
 import subprocess
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -282,14 +282,12 @@ def test_a_disk_that_is_full_again_and_again_costs_time_only(small_disk, tmp_pat
 
     def fill_and_free():
         while not over.is_set():
-            with filler.open("wb") as file:
-                try:
-                    while not over.is_set():
-                        file.write(bytes(1 << 18))
-                        file.flush()
-                except OSError:
-                    over.wait(0.3)
-            filler.unlink()
+            # Unbuffered, since closing a file would write once more what did not fit.
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while not over.is_set():
+                    file.write(bytes(1 << 18))
+            over.wait(0.3)
+            filler.unlink(missing_ok=True)
             over.wait(0.3)
 
     def digest_of_run(folder) -> str:
