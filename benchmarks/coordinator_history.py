@@ -2,9 +2,9 @@
 
     python -m benchmarks.coordinator_history [--sites 200] [--rounds 20 2000] [--requests 15]
 
-Rows are written directly: what is measured is reading, not the rounds themselves. Times are milliseconds of the
-fastest request, so that what else the machine does hardly counts. The overview is asked for at intervals at which it
-is computed anew. All should be the same after any number of rounds: the last column is the ratio to the first block.
+Rows of rounds are written directly: what is measured is reading, not the rounds themselves. Times are milliseconds of
+the fastest request, so that what else the machine does hardly counts. The overview is asked for at intervals at which
+it is computed anew. All should be the same after any number of rounds: the last column is the ratio to the first block.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from benchmarks.federation import RUN, begin_run
 from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.storage import audit_log
 from nnunetv2.federated.coordinator.storage.store import DATABASE_FILE, Store
 from nnunetv2.federated.protocol.api import FederationSettings
-from nnunetv2.federated.protocol.keys import InitialKey, RegistrationKey, RoundKey
+from nnunetv2.federated.protocol.document import TensorSpec
+from nnunetv2.federated.protocol.keys import RoundKey
 
-RUN = "3d_fullres.fold_0.nnUNetTrainer"
 INTERVAL_S = 0.6
 """Between two requests: an overview is shared for half a second."""
 PATHS = {
@@ -46,15 +47,15 @@ def write_history(folder: Path, *, sites: int, rounds: int) -> None:
         create_federation(
             store, FederationSettings(federation="history", sites=names, num_epochs=10**6), now=time.time()
         )
+    begin_run(folder, {"w": TensorSpec("F32", (2, 4))})
     with sqlite3.connect(folder / DATABASE_FILE) as database:
         last = database.execute("SELECT number, hash FROM events ORDER BY number DESC LIMIT 1").fetchone()
-        keys = [RegistrationKey(RUN), InitialKey(RUN), *(RoundKey(RUN, number) for number in range(rounds))]
-        begin = time.time() - 60.0 * len(keys)
-        for index, key in enumerate(keys):
-            last = _write_exchange(database, key, names, begin + 60.0 * index, last)
-            if index >= 2:
-                record = json.dumps(_record(index - 2, names, begin + 60.0 * index))
-                database.execute("INSERT INTO rounds VALUES (?, ?, ?)", (RUN, index - 2, record))
+        begin = time.time() - 60.0 * rounds
+        for number in range(rounds):
+            moment = begin + 60.0 * number
+            last = _write_exchange(database, RoundKey(RUN, number), names, moment, last)
+            record = json.dumps(_record(number, names, moment))
+            database.execute("INSERT INTO rounds VALUES (?, ?, ?)", (RUN, number, record))
     database.close()
 
 
