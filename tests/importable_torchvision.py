@@ -7,25 +7,24 @@ users install the torchvision that belongs to their torch.
 
 from __future__ import annotations
 
+MAKE_IMPORTABLE = """
 import sys
 
 import torch
 
-DECLARE_OPERATORS = """
-import torch
-for name in ("nms", "qnms"):
-    torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+try:
+    import torchvision
+except (AttributeError, RuntimeError):  # the first and every later failure
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    for name in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import torchvision
 """
-"""Runs before torchvision is imported; also given to other processes."""
+"""Declares the operators that torchvision describes, if it cannot do so itself; also for other processes."""
 
 
 def make_torchvision_importable() -> None:
-    """Declare the operators that torchvision describes, if it cannot do so itself."""
-    try:
-        import torchvision
-    except (AttributeError, RuntimeError):  # the first and every later failure
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        if not hasattr(torch.ops.torchvision, "nms"):
-            exec(DECLARE_OPERATORS, {})
-        import torchvision  # noqa: F401
+    """Import torchvision, with operators declared for it where its own do not load."""
+    exec(MAKE_IMPORTABLE, {})

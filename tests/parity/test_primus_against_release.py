@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from importable_torchvision import DECLARE_OPERATORS, make_torchvision_importable
+from importable_torchvision import MAKE_IMPORTABLE, make_torchvision_importable
 from tiny_dataset import NAME, make_dataset_json, make_plans, make_tiny_dataset
 
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
@@ -83,7 +83,7 @@ TRAINERS = [name for name in vars(primus_trainers) if "Primus" in name and name 
 def test_primus_trainers_are_those_of_the_release(reference, roots):
     make_torchvision_importable()
     value = {"plans": make_plans(stages=3, patch_size=PATCH), "dataset_json": make_dataset_json()}
-    _, theirs = reference.run(DECLARE_OPERATORS + DESCRIBE, value)
+    _, theirs = reference.run(MAKE_IMPORTABLE + DESCRIBE, value)
     names = {"value": value, "json": __import__("json"), "np": np}
     exec(DESCRIBE, names)
     assert set(theirs) == set(names["answer"]) and len(theirs) == 20
@@ -106,7 +106,7 @@ def test_checkpoints_of_primus_pass_between_us_and_the_release(reference, roots,
         return predictor.predict_logits_from_preprocessed_data(torch.from_numpy(image)).float().numpy()
 
     def predict_there() -> np.ndarray:
-        outputs, _ = reference.run(DECLARE_OPERATORS + PREDICT, {"model": str(model)}, image=image)
+        outputs, _ = reference.run(MAKE_IMPORTABLE + PREDICT, {"model": str(model)}, image=image)
         return outputs["logits"]
 
     trainer = get_trainer_from_args(NAME, "3d_fullres", 0, name, device=CPU)
@@ -117,7 +117,7 @@ def test_checkpoints_of_primus_pass_between_us_and_the_release(reference, roots,
     np.testing.assert_allclose(predict_here()[inside], predict_there()[inside], atol=5e-3)
 
     shutil.rmtree(model)
-    reference.run(DECLARE_OPERATORS + TRAIN, {"dataset": NAME, "trainer": name})
+    reference.run(MAKE_IMPORTABLE + TRAIN, {"dataset": NAME, "trainer": name})
     np.testing.assert_allclose(predict_here()[inside], predict_there()[inside], atol=5e-3)
     trainer = get_trainer_from_args(NAME, "3d_fullres", 0, name, continue_training=True, device=CPU)
     trainer.load_checkpoint(str(Path(trainer.output_folder, "checkpoint_final.pth")))
@@ -155,7 +155,7 @@ def test_checkpoints_of_every_primus_in_full_size_load_in_the_release_and_back(r
     trainer.save_checkpoint(file)
     ours = digests(trainer)
     del trainer
-    _, theirs = reference.run(DECLARE_OPERATORS + PASS_ON, {**value, "trainer": name, "file": file})
+    _, theirs = reference.run(MAKE_IMPORTABLE + PASS_ON, {**value, "trainer": name, "file": file})
     assert theirs == ours
     trainer = new_trainer()
     assert digests(trainer) != ours
