@@ -103,7 +103,10 @@ def ensure_frozen_(trainer: nnUNetTrainer) -> None:
 
 
 def is_in_module(name: str, pattern: str) -> bool:
-    """Tell whether a tensor has a name, or is in a module of it, in which `*`, `?` and `[...]` stand for characters."""
+    """Tell whether a tensor, or a module around it, has a name of this pattern.
+
+    `*`, `?` and `[...]` stand for characters.
+    """
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
 
 

@@ -82,6 +82,7 @@ def test_sites_are_told_before_the_first_epoch_and_every_shared_network_becomes_
         assert any("Each site has a network of its own; what matches by resolution is averaged" in line for line in log)
     federation = trained["federation"]
     folder = federation.state.store.folder / "models"
+    wait_until(lambda: federation.state.store.load_events("model"))
     (text,) = (event.detail["outcome"] for event in federation.state.store.load_events("model"))
     path = folder / name_of_zip(text)
     assert path.name == "nnUNetTrainerAsymFedAvg__own__3d_fullres.zip"

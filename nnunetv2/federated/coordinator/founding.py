@@ -121,7 +121,7 @@ def with_geometry(given: dict[str, object], stored: Secure | None) -> dict[str, 
 
 
 def with_implied(given: dict[str, object], *, k: object) -> dict[str, object]:
-    """Return the settings of a new federation with those that follow from others, where they are not given.
+    """Return the given settings with those that follow from them.
 
     Args:
         k: From how many sites on sums are opened, if updates are masked; checked with all settings.

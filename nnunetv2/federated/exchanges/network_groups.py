@@ -62,7 +62,9 @@ def find_networks(registered: Iterable[tuple[str, Registration]], match: Match) 
 
 
 def never_averaged(tensors: Iterable[str], match: Match, rounds: Collection[tuple[frozenset[str], int]]) -> str:
-    """Return a tensor that no round has averaged, since too few of its sites took part; empty if there is none.
+    """Return a tensor that no round has averaged; empty if there is none.
+
+    Too few of its sites took part.
 
     Args:
         tensors: Canonical names.

@@ -70,7 +70,7 @@ class SiteCredential:
         return self.through or self.url
 
     def agreeing_with(self, settings: FederationSettings) -> SiteCredential:
-        """Return the credential with what commands of its site need to know of a federation beforehand."""
+        """Return the credential with the settings that commands of its site read from it."""
         return replace(
             self,
             precision=None if settings.precision == "float32" else settings.precision,

@@ -376,8 +376,8 @@ def test_old_weights_are_deleted_and_the_present_ones_kept(federation):
         assert results[0] == results[1]
     wait_until(lambda: any("is over" in line for line in federation.lines))
     folder = federation.state.store.folder / "gatherings" / "runs" / RUN
-    assert not list((folder / "initial").glob("A.*")) and not list((folder / "rounds" / "0").iterdir())
-    assert [path.name for path in (folder / "rounds" / "1").iterdir()] == ["result.safetensors"]
+    wait_until(lambda: not any((folder / "initial").glob("A.*")) and not any((folder / "rounds" / "0").iterdir()))
+    wait_until(lambda: [path.name for path in (folder / "rounds" / "1").iterdir()] == ["result.safetensors"])
     assert len(list((folder / "rounds" / "2").iterdir())) == 3
 
 

@@ -132,7 +132,10 @@ def keep_models_of_networks(
 
 
 def names_of_site(site: str, registration: Registration, match: Match) -> dict[str, str | tuple[str, ...]]:
-    """Return the shared parameters of a site's network: each of their names -> canonical name, or those of its rows."""
+    """Return the shared parameters of a site's network.
+
+    Each of their names -> canonical name, or those of its rows.
+    """
     canonical = {local: name for name, local in match.received_by(site).items()}
     return join_names(
         parameter_names(

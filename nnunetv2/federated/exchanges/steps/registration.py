@@ -214,7 +214,10 @@ def check_registration(
 
 
 def check_has_own_network(site: str, message: Registration, settings: FederationSettings) -> None:
-    """Raise RefusedError if, where networks are sites' own, a trainer wants equal plans, or too much of them comes."""
+    """Raise RefusedError unless a registration goes with networks of their own.
+
+    Its trainer may not want equal plans, and no more of its plans may come than is registered.
+    """
     if settings.networks == "own" and message.requires_equal_plans:
         raise RefusedError(
             f"site {site} trains with {message.trainer}, which wants the same plans at all sites, and in this "
