@@ -48,11 +48,11 @@ def assert_keys_are_gone(sites):
 
 
 @pytest.mark.slow
-def test_rounds_of_several_epochs_half_precision_and_the_methods_for_sites_that_differ_go_along_with_masks(tmp_path):
+def test_rounds_of_several_epochs_half_precision_proximal_terms_and_closing_epochs_go_along_with_masks(tmp_path):
     sites = make_sites(tmp_path, num_sites=3)
     logs = tmp_path / "logs"
     options = ["--epochs", "3", "--iterations", "1", "--val-iterations", "1", "--validate-every", "1", "--secure"]
-    options += ["--exchange-every", "2", "--precision", "float16", "--proximal", "0.1", "--keep-local", "norm"]
+    options += ["--exchange-every", "2", "--precision", "float16", "--proximal", "0.1"]
     with running_coordinator(tmp_path / "coordinator", sites, [*options, "--finetune-epochs", "1"]):
         run_everywhere(sites, plan_command, step="plan", log_folder=logs)
         for site in sites:
