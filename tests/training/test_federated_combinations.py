@@ -11,7 +11,8 @@ import pytest
 import torch
 from fake_federation import make_settings, served
 from federated_sites import run_of, weights_of
-from test_federated_methods import FINETUNED, HEADS, Seeded, assert_same, found_with_weights, train
+from seeded_sites import Seeded, assert_same
+from test_federated_methods import FINETUNED, HEADS, found_with_weights, train
 from test_federated_processes import finish, fold_folder, start
 from tiny_dataset import NAME, make_tiny_dataset
 

@@ -9,59 +9,16 @@ import pytest
 import torch
 from fake_federation import in_threads, wait_until
 from federated_sites import run_of, weights_of
+from seeded_sites import Killed, Seeded, assert_same
 
 from nnunetv2.federated.coordinator.models.checkpoint_reader import write_weights
 from nnunetv2.federated.protocol.document import file_digest, open_document
 from nnunetv2.run.run_training import maybe_load_checkpoint
-from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
-    nnUNetTrainerAsymFedAvg,
-    nnUNetTrainerAsymFedAvgOverlapped,
-)
+from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import nnUNetTrainerAsymFedAvgOverlapped
 
 pytestmark = pytest.mark.slow
 
 RUN = "3d_fullres.fold_0.nnUNetTrainerAsymFedAvg"
-
-
-class Killed(BaseException):
-    pass
-
-
-class Batches:
-    """Endless batches, each made of the site's seed and its number alone: sites are threads of one process."""
-
-    def __init__(self, trainer, kind: int, per_epoch: int):
-        self.trainer, self.kind, self.number = trainer, kind, trainer.current_epoch * per_epoch
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        rng = np.random.default_rng([ord(self.trainer.credential.site), self.kind, self.number])
-        self.number += 1
-        shape = (self.trainer.batch_size, 1, *self.trainer.configuration_manager.patch_size)
-        labels = rng.integers(0, 3, shape).astype(np.int16)
-        shift = ord(self.trainer.credential.site) % 3
-        data = (labels * (1 + shift) + rng.normal(shift, 0.5, shape)).astype(np.float32)
-        return {"data": torch.from_numpy(data), "target": [torch.from_numpy(labels)], "keys": []}
-
-
-class Seeded(nnUNetTrainerAsymFedAvg):
-    """A trainer whose batches do not depend on other threads; it dies in the middle of an epoch."""
-
-    dies_in_epoch = None
-
-    def get_dataloaders(self):
-        return (Batches(self, 0, self.num_iterations_per_epoch), Batches(self, 1, self.num_val_iterations_per_epoch))
-
-    def train_step(self, batch):
-        result = super().train_step(batch)
-        if self.current_epoch == self.dies_in_epoch:
-            raise Killed
-        return result
-
-
-Seeded.__name__ = "nnUNetTrainerAsymFedAvg"
 
 
 def train(make_sites, folder: str, *, dies_in_epoch=None, **settings) -> dict:
@@ -85,13 +42,6 @@ def train(make_sites, folder: str, *, dies_in_epoch=None, **settings) -> dict:
     trainers["records"] = sites.federation.state.store.load_rounds(run_of(trainers["A"]))
     trainers["folder"] = sites.federation.state.store.folder
     return trainers
-
-
-def assert_same(one, other, name="checkpoint_final.pth"):
-    for site in "AB":
-        expected, found = weights_of(one[site], name), weights_of(other[site], name)
-        for tensor, values in expected.items():
-            np.testing.assert_array_equal(values, found[tensor], err_msg=f"{site} {tensor}")
 
 
 def apart(one, other) -> float:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_federation import in_threads, wait_until
 from federated_sites import weights_of
-from test_federated_methods import Killed, Seeded, assert_same
+from seeded_sites import Killed, Seeded, assert_same
 from tiny_dataset import make_plans
 
 from nnunetv2.federated.commands import fetch_model, manifest

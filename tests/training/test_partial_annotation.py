@@ -10,16 +10,14 @@ import pytest
 import torch
 from fake_federation import in_threads, wait_until
 from federated_sites import run_of, weights_of
+from seeded_sites import Killed, Seeded
 from tiny_dataset import make_dataset_json
 
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.api import Secure
 from nnunetv2.federated.protocol.keys import RoundKey
 from nnunetv2.plans.partial_labels import with_union
-from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import (
-    nnUNetTrainerAsymFedAvg,
-    nnUNetTrainerAsymFedAvgOverlapped,
-)
+from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import nnUNetTrainerAsymFedAvgOverlapped
 
 pytestmark = pytest.mark.slow
 
@@ -28,51 +26,24 @@ BOTH, BLOB, CORE = ("blob", "core"), ("blob",), ("core",)
 HEAD_WEIGHT, HEAD_BIAS = "decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"
 
 
-class Killed(BaseException):
-    pass
+class Annotating(Seeded):
+    """A trainer in whose targets what its site does not annotate is 0."""
 
-
-class Batches:
-    """Endless batches, each made of the site's seed and its number alone; what a site does not annotate is 0."""
-
-    def __init__(self, trainer, kind: int, per_epoch: int):
-        self.trainer, self.kind, self.number = trainer, kind, trainer.current_epoch * per_epoch
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        rng = np.random.default_rng([ord(self.trainer.credential.site), self.kind, self.number])
-        self.number += 1
-        shape = (self.trainer.batch_size, 1, *self.trainer.configuration_manager.patch_size)
-        labels = rng.integers(0, 3, shape).astype(np.int16)
-        data = (labels * 2 + rng.normal(0, 0.5, shape)).astype(np.float32)
-        names = self.trainer.dataset_json.get("annotated_labels", UNION)
-        labels[~np.isin(labels, [UNION[name] for name in names])] = 0
-        return {"data": torch.from_numpy(data), "target": [torch.from_numpy(labels)], "keys": []}
-
-
-class Seeded(nnUNetTrainerAsymFedAvg):
-    """A trainer whose batches do not depend on other threads; it dies in the middle of an epoch."""
-
-    dies_in_epoch = None
     credential_file = None
 
     def _register(self):
         self.participant._credential_file = self.credential_file  # sites are threads of one process
         return super()._register()
 
-    def get_dataloaders(self):
-        return (Batches(self, 0, self.num_iterations_per_epoch), Batches(self, 1, self.num_val_iterations_per_epoch))
+    def picture(self, labels, rng):
+        return labels * 2 + rng.normal(0, 0.5, labels.shape)
 
-    def train_step(self, batch):
-        result = super().train_step(batch)
-        if self.current_epoch == self.dies_in_epoch:
-            raise Killed
-        return result
+    def annotate(self, labels):
+        names = self.dataset_json.get("annotated_labels", UNION)
+        return np.where(np.isin(labels, [UNION[name] for name in names]), labels, 0).astype(np.int16)
 
 
-Seeded.__name__ = "nnUNetTrainerAsymFedAvg"
+Annotating.__name__ = "nnUNetTrainerAsymFedAvg"
 
 
 def dataset_of(classes) -> dict:
@@ -81,7 +52,7 @@ def dataset_of(classes) -> dict:
     return with_union(raw, UNION)
 
 
-def train(make_sites, folder: str, annotated, *, trainer_class=Seeded, dies_in_epoch=None, start=None, **settings):
+def train(make_sites, folder: str, annotated, *, trainer_class=Annotating, dies_in_epoch=None, start=None, **settings):
     """Train at all sites, and return their trainers; B dies once, where that is wanted, and goes on with --c."""
     settings = {"labels": "union", "sites": tuple(annotated), "validate_every": 1, **settings}
     sites = make_sites(folder=folder, **settings)
@@ -199,7 +170,7 @@ def test_other_ways_to_train_go_with_different_classes(make_sites, settings):
         np.testing.assert_array_equal(*own)
 
 
-class Overlapped(Seeded, nnUNetTrainerAsymFedAvgOverlapped):
+class Overlapped(Annotating, nnUNetTrainerAsymFedAvgOverlapped):
     pass
 
 
@@ -226,14 +197,14 @@ def test_the_floor_holds_for_a_class(make_sites):
 
 def test_a_site_that_joins_a_run_trains_what_it_annotates_and_gets_the_rest(make_sites):
     sites = make_sites(num_epochs=10, sites=("A", "B"), labels="union", validate_every=0)
-    first, second = (sites.trainer(site, Seeded, dataset_json=dataset_of(BOTH)) for site in "AB")
+    first, second = (sites.trainer(site, Annotating, dataset_json=dataset_of(BOTH)) for site in "AB")
     coordinator, run = sites.federation.coordinator, run_of(first)
 
     def join_late():
         wait_until(lambda: coordinator.state.registry.run_state(run).rounds_closed >= 1)
         sites.act("pause", run)
         coordinator.invite("C", "site", by="boss")
-        newcomer = sites.trainer("C", Seeded, dataset_json=dataset_of(CORE))
+        newcomer = sites.trainer("C", Annotating, dataset_json=dataset_of(CORE))
 
         def resume():
             wait_until(lambda: any("operator has paused" in line for line in newcomer.lines))
@@ -291,7 +262,7 @@ def test_counts_of_a_class_of_two_sites_stay_sealed_behind_masks(make_sites):
 def test_plans_of_another_kind_of_federation_are_refused(make_sites, labels, classes, words):
     sites = make_sites(labels=labels)
     described = make_dataset_json() if classes is None else dataset_of(classes)
-    trainer = sites.trainer("A", Seeded, dataset_json=described)
+    trainer = sites.trainer("A", Annotating, dataset_json=described)
     with pytest.raises(FederationError, match=words):
         trainer.run_training()
 
