@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import threading
 import time
@@ -12,7 +14,7 @@ from pathlib import Path
 from patience import PATIENCE_S
 from small_sites import train_command
 
-from nnunetv2.federated.commands.simulate import LocalSite, RunningProcess, find_command, site_environment
+from nnunetv2.federated.commands.simulate import LocalSite, RunningProcess, find_command, site_environment, wait_for_all
 
 
 class Coordinator:
@@ -66,3 +68,31 @@ def wait_for_line(
         assert not failed, failed[0]
         assert time.monotonic() < deadline, "\n".join(["no line " + pattern, *lines[-20:]])
         threading.Event().wait(0.02)
+
+
+def train_to_the_end(
+    coordinator: Coordinator, sites: list[LocalSite], logs: Path, *, is_killed: bool, kills: int
+) -> None:
+    """Train at all sites; kill the coordinator in round 0 and a site in round 1, if wanted, and start them again.
+
+    Args:
+        kills: Number of the site that is killed.
+    """
+    coordinator.start()
+    lines: list[str] = []
+    training = [start_training(site, logs, lines) for site in sites]
+    try:
+        if is_killed:
+            wait_for_line(lines, rf"\[{sites[0].name}\] .*Round 0:", training)
+            coordinator.kill()
+            time.sleep(1)
+            coordinator.start()
+            wait_for_line(lines, rf"\[{sites[1].name}\] .*Round 1:", training)
+            os.kill(training[kills].pid, signal.SIGKILL)
+            training[kills].finish_reading()
+            training[kills] = start_training(sites[kills], logs, lines, "--c")
+        wait_for_all(training)
+    finally:
+        for process in training:
+            process.stop()
+        coordinator.kill()

@@ -45,14 +45,12 @@ from nnunetv2.federated.site.identity import forget_run_keys, has_run_key, load_
 from nnunetv2.federated.site.masking import Fill, Masking, SiteKeys
 from nnunetv2.federated.site.outbox import Outbox
 from nnunetv2.federated.site.roster import trusted_keys
-from nnunetv2.federated.site.transport import Transport
+from nnunetv2.federated.site.transport import VALIDATION_PATIENCE_S, Transport
 
 Weights = Mapping[str, np.ndarray]
 """Canonical name -> array."""
 START_ANEW_VARIABLE = "nnUNet_fed_start_anew"
 """Names the run that begins anew, with which a person says that this is so."""
-VALIDATION_PATIENCE_S = 120.0
-"""How long to try to deliver what nobody waits for."""
 _BLOCK = 1 << 15
 LARGEST_CHANGE = 7.0
 """Distances are cut to it: a site that moves farther is conspicuous anyway."""

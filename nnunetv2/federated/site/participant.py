@@ -24,7 +24,7 @@ from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.document import Document, TensorSpec
 from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.credential import SiteCredential
-from nnunetv2.federated.site.transport import Transport
+from nnunetv2.federated.site.transport import VALIDATION_PATIENCE_S, Transport
 
 if TYPE_CHECKING:
     from nnunetv2.federated.protocol.api import FederationSettings
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 Weights = Mapping[str, np.ndarray]
 """Local name -> array: float32, or as they came from the coordinator, which may be float16."""
 EVERY_EPOCH = Rounds()
-VALIDATION_PATIENCE_S = 120.0
-"""How long to try to deliver what nobody waits for."""
 FINISHING_PATIENCE_S = 20.0
 """How long to wait for other sites with what nobody waits for; as a rule, all have sent it."""
 

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from nnunetv2.federated.protocol.keys import ExchangeKey, Q, R
     from nnunetv2.federated.site.credential import SiteCredential
 
+VALIDATION_PATIENCE_S = 120.0
+"""How long to try to deliver what nobody waits for."""
+
 
 class Transport(Protocol):
     """The requests of a site to its coordinator. `transports/http.py` sends them over HTTP."""

@@ -7,12 +7,11 @@ import os
 import re
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from running_sites import Coordinator, start_training, wait_for_line
+from running_sites import Coordinator, start_training, train_to_the_end, wait_for_line
 from small_sites import CONFIGURATION, final_weights, make_sites, plan_command, shrink_plans, train_command
 
 from nnunetv2.federated.commands.simulate import (
@@ -153,23 +152,7 @@ def test_killed_coordinator_and_killed_site_complete_the_run(tmp_path):
     with running_coordinator(folder, sites, options):
         plan(sites, logs)
     coordinator = Coordinator(folder, sites, options, logs)
-    coordinator.start()
-    lines: list[str] = []
-    training = [start_training(site, logs, lines) for site in sites]
-    try:
-        wait_for_line(lines, r"\[north\] .*Round 0:", training)
-        coordinator.kill()
-        time.sleep(1)
-        coordinator.start()
-        wait_for_line(lines, r"\[south\] .*Round 1:", training)
-        os.kill(training[1].pid, signal.SIGKILL)
-        training[1].finish_reading()
-        training[1] = start_training(sites[1], logs, lines, "--c")
-        wait_for_all(training)
-    finally:
-        for process in training:
-            process.stop()
-        coordinator.kill()
+    train_to_the_end(coordinator, sites, logs, is_killed=True, kills=1)
     first, second = (final_weights(site) for site in sites)
     for name, values in first.items():
         np.testing.assert_array_equal(values, second[name], err_msg=name)

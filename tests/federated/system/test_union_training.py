@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from running_sites import Coordinator, start_training, wait_for_line
+from running_sites import Coordinator, train_to_the_end
 from small_sites import CONFIGURATION, final_weights, make_sites, plan_command, shrink_plans, train_command
 from union_sites import annotate
 
-from nnunetv2.federated.commands.simulate import run_everywhere, running_coordinator, wait_for_all
+from nnunetv2.federated.commands.simulate import run_everywhere, running_coordinator
 from nnunetv2.federated.coordinator.storage.store import Store
 
 pytestmark = pytest.mark.slow
@@ -54,24 +51,7 @@ def test_killed_coordinator_and_killed_site_end_with_the_bits_of_an_undisturbed_
         with running_coordinator(folder, sites, options):
             plan(sites, logs)
         coordinator = Coordinator(folder, sites, options, logs)
-        coordinator.start()
-        lines: list[str] = []
-        training = [start_training(site, logs, lines) for site in sites]
-        try:
-            if name == "killed":
-                wait_for_line(lines, r"\[south\] .*Round 0:", training)
-                coordinator.kill()
-                time.sleep(1)
-                coordinator.start()
-                wait_for_line(lines, r"\[south\] .*Round 1:", training)
-                os.kill(training[0].pid, signal.SIGKILL)
-                training[0].finish_reading()
-                training[0] = start_training(sites[0], logs, lines, "--c")
-            wait_for_all(training)
-        finally:
-            for process in training:
-                process.stop()
-            coordinator.kill()
+        train_to_the_end(coordinator, sites, logs, is_killed=name == "killed", kills=0)
         weights[name] = [final_weights(site) for site in sites]
     first, *others = [*weights["undisturbed"], *weights["killed"]]
     for other in others:
