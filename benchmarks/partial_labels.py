@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from benchmarks.studies import TASKS, dataset_name, write_datasets
+from benchmarks.studies import TASKS, dataset_name, local_sites, write_datasets
 from nnunetv2.comparison.plans_patch import patch_plans
 from nnunetv2.comparison.running import show_commands
 from nnunetv2.evaluation.evaluate_predictions import compute_metrics_on_folder
@@ -96,15 +96,7 @@ class Arm:
             "nnUNet_results": str(folder / "results"),
             SEED_VARIABLE: str(seed),
         }
-        self.sites = [
-            LocalSite(
-                name=site,
-                dataset=dataset_name(TASK, site),
-                credential=folder / "credentials" / f"{site}.json",
-                environment=roots,
-            )
-            for site in TASK.sites
-        ]
+        self.sites = local_sites(TASK, folder / "credentials", roots)
 
     @property
     def trainer(self) -> str:

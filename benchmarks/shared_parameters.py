@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.studies import TASKS, Task, dataset_name, write_datasets
+from benchmarks.studies import TASKS, Task, dataset_name, local_sites, write_datasets
 from nnunetv2.comparison.arms import Arm, choose_arms, read_arms
 from nnunetv2.federated.aggregation import matching
-from nnunetv2.federated.commands.simulate import LocalSite, run_everywhere, running_coordinator
+from nnunetv2.federated.commands.simulate import run_everywhere, running_coordinator
 from nnunetv2.utilities.json_files import read_json
 
 PLANS = "nnUNetPlans"
@@ -29,15 +29,7 @@ ARMS_FILE = Path(__file__).with_name("own_networks.json")
 def plan(arm: Arm, task: Task, raw: Path, work: Path) -> dict[str, dict[str, Any]]:
     """Plan an arm with real commands; return the plans of each site."""
     roots = {"nnUNet_raw": str(raw), "nnUNet_preprocessed": str(work), "nnUNet_results": str(work / "none")}
-    sites = [
-        LocalSite(
-            name=site,
-            dataset=dataset_name(task, site),
-            credential=work / "credentials" / f"{site}.json",
-            environment=roots,
-        )
-        for site in task.sites
-    ]
+    sites = local_sites(task, work / "credentials", roots)
     files = {site.name: work / site.dataset / f"{PLANS}.json" for site in sites}
     if all(file.exists() for file in files.values()):
         return {site: read_json(file) for site, file in files.items()}

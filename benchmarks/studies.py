@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunetv2.federated.commands.simulate import find_command
+from nnunetv2.federated.commands.simulate import LocalSite, find_command
 
 ARMS = ("alone", "pooled", "pooled-all", "ffe", "ffe-uniform", "asym", "asym-resolution")
 
@@ -175,6 +175,19 @@ TASKS: Mapping[str, Task] = {
 def dataset_name(task: Task, site: str) -> str:
     """Return the name of a site's dataset."""
     return f"Dataset{task.first_id + [*task.sites, *task.external].index(site)}_{site.capitalize()}"
+
+
+def local_sites(task: Task, credentials: Path, environment: Mapping[str, str]) -> list[LocalSite]:
+    """Return the sites of a task, as the commands of a simulation run them."""
+    return [
+        LocalSite(
+            name=site,
+            dataset=dataset_name(task, site),
+            credential=credentials / f"{site}.json",
+            environment=dict(environment),
+        )
+        for site in task.sites
+    ]
 
 
 def write_datasets(task: Task, data: Path, raw: Path) -> None:
