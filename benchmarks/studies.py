@@ -97,6 +97,12 @@ def spinal_cord(data: Path, left_out: str = "") -> Iterator[Scan]:
         yield Scan(site, row["case"], folder / "images" / name, folder / "labels" / name, is_test)
 
 
+SMALL_2D: Mapping[str, Any] = {
+    "batch_size": 4,
+    "patch_size": [128, 128],
+    "architecture": {"arch_kwargs": {"features_per_stage": [8, 16, 32, 64, 64, 64, 64, 64]}},
+}
+
 CORD_SITES = ("ucl", "nwu", "chum", "juntendo", "milan", "ceitec")
 
 
@@ -110,12 +116,9 @@ def _cord_task(left_out: str) -> Task:
         file_ending=".nii.gz",
         scans=lambda data: spinal_cord(data, left_out),
         configuration="2d",
-        epochs=30,
-        iterations=25,
-        network={
-            "batch_size": 6,
-            "architecture": {"arch_kwargs": {"features_per_stage": [8, 16, 32, 64, 64, 64, 64, 64]}},
-        },
+        epochs=25,
+        iterations=20,
+        network=SMALL_2D,
     )
 
 
@@ -128,12 +131,9 @@ TASKS: Mapping[str, Task] = {
         file_ending=".png",
         scans=breast_ultrasound,
         configuration="2d",
-        epochs=40,
-        iterations=25,
-        network={
-            "batch_size": 6,
-            "architecture": {"arch_kwargs": {"features_per_stage": [8, 16, 32, 64, 64, 64, 64, 64]}},
-        },
+        epochs=25,
+        iterations=20,
+        network=SMALL_2D,
     ),
     "hippocampus": Task(
         first_id=511,
@@ -143,11 +143,11 @@ TASKS: Mapping[str, Task] = {
         file_ending=".nii.gz",
         scans=hippocampus,
         configuration="3d_fullres",
-        epochs=40,
-        iterations=25,
+        epochs=25,
+        iterations=20,
         network={
             "batch_size": 2,
-            "patch_size": [32, 40, 32],
+            "patch_size": [24, 32, 24],
             "architecture": {"arch_kwargs": {"features_per_stage": [8, 16, 32, 64, 64, 64, 64]}},
         },
     ),
@@ -159,13 +159,9 @@ TASKS: Mapping[str, Task] = {
         file_ending=".png",
         scans=retina,
         configuration="2d",
-        epochs=40,
-        iterations=25,
-        network={
-            "batch_size": 4,
-            "patch_size": [256, 256],
-            "architecture": {"arch_kwargs": {"features_per_stage": [8, 16, 32, 64, 64, 64, 64, 64]}},
-        },
+        epochs=25,
+        iterations=20,
+        network=SMALL_2D,
         copies_images=True,
     ),
     **{f"spinalcord-{site}": _cord_task(site) for site in CORD_SITES},
