@@ -64,6 +64,7 @@ def read_json(folder):
     return json.loads((folder / "audit.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_wrong_label_comes_first_with_its_regions(model, capsys):
     audit()
     found = read_json(model / "annotation_audit")

@@ -36,6 +36,7 @@ def test_shells_of_two_balls_have_the_difference_of_their_radii(spacing):
     assert metrics["SurfaceDice"] == 1
 
 
+@pytest.mark.slow
 def test_walls_that_move_away():
     # one of the two large walls moves by 4 voxels of 1.5 mm; edges and side walls weigh little
     wide = {"shape": (30, 200, 200)}

@@ -134,6 +134,7 @@ def run_command(package: Path, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_plug_ins_of_users_are_found_and_used(package, make_scans, make_case, roots, processes):
     folder = make_scans(

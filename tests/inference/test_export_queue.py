@@ -81,6 +81,7 @@ def test_without_workers_an_export_is_done_when_submit_returns():
         assert done == [1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_bytes", "at_once"), [(1, 3), (3, 1)])
 def test_waiting_logits_are_bounded_in_number_and_bytes(num_bytes, at_once):
     release, submitted = threading.Event(), []

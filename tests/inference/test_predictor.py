@@ -28,6 +28,7 @@ def read(path):
     return sitk.ReadImage(str(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_predictions_have_the_geometry_of_their_images(make_predictor, write_images, tmp_path, workers):
     images = write_images()

@@ -254,6 +254,7 @@ class _Server:
         self.server.server_close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_length", [True, False])
 def test_a_model_is_downloaded_and_installed(exported, tmp_path, monkeypatch, with_length):
     body = exported.read_bytes()
@@ -264,6 +265,7 @@ def test_a_model_is_downloaded_and_installed(exported, tmp_path, monkeypatch, wi
     assert sorted(everything_below(tmp_path / "elsewhere")) == sorted(names_in(exported))
 
 
+@pytest.mark.slow
 def test_another_checksum_or_too_large_a_file_installs_nothing(exported, tmp_path, monkeypatch):
     body = exported.read_bytes()
     monkeypatch.setenv("nnUNet_results", str(tmp_path / "elsewhere"))

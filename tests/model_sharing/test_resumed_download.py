@@ -95,6 +95,7 @@ def test_another_file_under_the_same_address_is_fetched_from_its_beginning(relay
     assert (tmp_path / "m.zip").read_bytes() == OTHER
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tag", "knows_ranges"), [('W/"weak"', True), ('"first"', False)])
 def test_what_cannot_be_resumed_is_fetched_anew(relay, tmp_path, tag, knows_ranges):
     relay.tag, relay.knows_ranges, relay.cuts = tag, knows_ranges, [2_000_000, 1_000_000]
@@ -102,6 +103,7 @@ def test_what_cannot_be_resumed_is_fetched_anew(relay, tmp_path, tag, knows_rang
     assert (tmp_path / "m.zip").read_bytes() == BODY
 
 
+@pytest.mark.slow
 def test_a_download_that_does_not_get_on_is_given_up(relay, tmp_path):
     relay.cuts = [PIECE] + [0] * 100
     with pytest.raises(OSError, match=f"broke off after {PIECE} bytes, 8 times in a row"):

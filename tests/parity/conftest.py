@@ -33,6 +33,10 @@ open(sys.argv[4], "w").write(json.dumps(answer))
 """
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.parity)
+
+
 @dataclass(frozen=True)
 class PythonElsewhere:
     """A Python interpreter in which code runs in a fresh process, isolated from this one."""

@@ -9,8 +9,6 @@ from scipy.stats import ks_2samp
 
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2, nnUNetDatasetNumpy
 
-pytestmark = pytest.mark.parity
-
 SAMPLES = 300
 SMALLEST_P = 1e-4  # about 900 comparisons are made, with fixed seeds
 

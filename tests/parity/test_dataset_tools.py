@@ -9,8 +9,6 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-pytestmark = pytest.mark.parity
-
 DESCRIPTION = {
     "name": "X",
     "description": "made",

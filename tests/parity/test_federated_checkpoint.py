@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import numpy as np
-import pytest
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from torch import nn
@@ -84,7 +83,6 @@ def make_plans():
     }
 
 
-@pytest.mark.parity
 def test_the_reference_predicts_with_our_checkpoint(reference, tmp_path):
     torch.manual_seed(0)
     network = PlainConvUNet(

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.parity
-
 # Extracts the fingerprint of each dataset in `value` and plans it.
 EXTRACT_ALL = """
 import contextlib, io
@@ -108,7 +106,6 @@ def test_anisotropic_ct_with_cases_without_foreground_and_an_ignore_label(roots,
     compare("Dataset007_CT")
 
 
-@pytest.mark.slow
 def test_commands_with_the_full_number_of_samples(roots, shared_data, reference, ours, monkeypatch):
     labels = sorted((shared_data / "hippocampus" / "labels").iterdir())[100:112]
     name = "Dataset008_Hippocampus"

@@ -2,15 +2,12 @@
 
 import nibabel
 import numpy as np
-import pytest
 import SimpleITK as sitk
 import tifffile
 from PIL import Image
 from skimage import io
 
 from nnunetv2.imageio.reader_writer_registry import recursive_find_reader_writer_by_name
-
-pytestmark = pytest.mark.parity
 
 # reads a case, writes its first channel as a label map, and returns everything but the file
 CODE = """

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 from tiny_models import TinyModel, write_model
 
-pytestmark = pytest.mark.parity
-
 # The reference sums in float16, so its rounding decides where two classes are nearly equal. In a network of random
 # weights that is in 0.2 % of all voxels; a few lessons make it less.
 AGREEMENT, AGREEMENT_BF16 = 0.999, 0.995

@@ -10,8 +10,6 @@ from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_p
 from nnunetv2.training.data_augmentation.default_transforms import build_validation_transforms
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
-pytestmark = pytest.mark.parity
-
 LOSSES = """
 import torch
 from nnunetv2.training.loss.compound_losses import DC_and_BCE_loss, DC_and_CE_loss, DC_and_topk_loss

@@ -25,7 +25,6 @@ answer = {name: module.__name__ for module in modules for name, kind in vars(mod
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "module",
     [

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from fake_federation import wait_until
 from federated_sites import make_sites  # noqa: F401  a fixture
@@ -41,8 +40,6 @@ answer = [[int(label) for label in labels.foreground_labels], checkpoint["init_a
 """
 
 
-@pytest.mark.parity
-@pytest.mark.slow
 def test_the_release_predicts_all_classes_with_the_common_model_and_with_that_of_a_site(
     reference,
     make_sites,  # noqa: F811

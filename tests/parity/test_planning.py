@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 NUM_DATASETS = 320
 SEED = 20240731

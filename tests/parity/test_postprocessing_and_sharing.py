@@ -7,7 +7,6 @@ import shutil
 import zipfile
 
 import numpy as np
-import pytest
 import SimpleITK as sitk
 from trained_models import NAME, make_trained_models
 
@@ -17,8 +16,6 @@ from nnunetv2.postprocessing.decision_files import load_functions
 from nnunetv2.postprocessing.remove_connected_components import apply_postprocessing_to_folder, determine_postprocessing
 from nnunetv2.utilities.label_colours import generate_overlay
 from nnunetv2.utilities.overlay_plots import select_slice_to_plot, select_slice_to_plot2
-
-pytestmark = pytest.mark.parity
 
 THEIR_SIDE = """
 import os, pickle, shutil

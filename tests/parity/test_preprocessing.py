@@ -18,8 +18,6 @@ from nnunetv2.preprocessing.resampling.default_resampling import (
 from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
 from nnunetv2.utilities.restricted_pickle import load_pickle_safely
 
-pytestmark = pytest.mark.parity
-
 NAME = "Dataset986_Parity"
 
 # (old shape, new shape, current spacing, new spacing)

@@ -12,8 +12,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytestmark = pytest.mark.parity
-
 PLANNERS = {
     "ExperimentPlanner": "default_experiment_planner",
     "nnUNetPlannerResEncL": "residual_unets.residual_encoder_unet_planners",

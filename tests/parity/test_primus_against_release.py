@@ -90,7 +90,6 @@ def test_primus_trainers_are_those_of_the_release(reference, roots):
     assert {name: told for name, told in names["answer"].items() if told != theirs[name]} == {}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["nnUNet_Primus_S_Trainer", "nnUNet_PrimusV2S_Trainer"])
 def test_checkpoints_of_primus_pass_between_us_and_the_release(reference, roots, monkeypatch, name):
     make_torchvision_importable()
@@ -128,7 +127,6 @@ def test_checkpoints_of_primus_pass_between_us_and_the_release(reference, roots,
     assert trainer.current_epoch == 2
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(
     not os.environ.get("NNUNET_EVERY_PRIMUS"), reason="takes gigabytes and minutes: set NNUNET_EVERY_PRIMUS=1"
 )

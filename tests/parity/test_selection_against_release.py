@@ -16,8 +16,6 @@ from nnunetv2.evaluation.evaluate_predictions import load_summary_json
 from nnunetv2.evaluation.find_best_configuration import find_best_configuration
 from nnunetv2.postprocessing.decision_files import load_functions
 
-pytestmark = pytest.mark.parity
-
 MODELS = (
     {"plans": "nnUNetPlans", "configuration": "2d", "trainer": "nnUNetTrainer"},
     {"plans": "nnUNetPlans", "configuration": "3d_fullres", "trainer": "nnUNetTrainer"},

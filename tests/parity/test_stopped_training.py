@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import SimpleITK as sitk
 import torch
 from tiny_dataset import NAME, SHAPE, make_tiny_dataset
@@ -15,8 +14,6 @@ from nnunetv2.run.stop_training import stop_training
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.training.options import TrainingOptions
 from nnunetv2.utilities.file_path_utilities import get_output_folder
-
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
 OPTIONS = {"epochs": 50, "iterations": 4, "val_iterations": 1, "class_weights": {"core": 3.0}, "seed": 1}
 STOPPED_IN_EPOCHS = (0, 2)

@@ -13,8 +13,6 @@ from tiny_dataset import make_dataset_json, make_plans, make_tiny_dataset
 sys.path.append(str(Path(__file__).parents[1] / "training" / "variants"))
 from variant_table import VARIANTS
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
-
 # Runs on both sides: `value` tells variants, plans and dataset.json; fills `answer`.
 DESCRIBE = """
 import importlib, inspect, warnings

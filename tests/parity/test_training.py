@@ -16,8 +16,6 @@ from tiny_dataset import NAME, PATCH, make_configuration, make_dataset_json, mak
 from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
-
 CPU = torch.device("cpu")
 STEPS = 20
 SEEDS = (0, 1, 2)

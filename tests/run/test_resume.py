@@ -60,6 +60,7 @@ def final(fold: Path) -> dict:
     return load_checkpoint_file(fold / "checkpoint_final.pth")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", ["1", "3"])
 def test_a_seeded_training_that_was_interrupted_ends_with_the_same_bits(fold, monkeypatch, stop_at):
     monkeypatch.setenv("nnUNet_seed", "5")

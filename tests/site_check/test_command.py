@@ -154,6 +154,7 @@ def test_3_a_name_that_is_unknown(fails, join):
     assert "name servers" in fails("name_unknown")["remedy"]
 
 
+@pytest.mark.slow
 def test_4_a_certificate_of_an_inspecting_proxy(fails, join, tmp_path):
     genuine = tls.private_certificate(tmp_path / "genuine", ["127.0.0.1"])
     foreign = tls.private_certificate(tmp_path / "foreign", ["127.0.0.1"])
@@ -175,6 +176,7 @@ def test_5_a_certificate_that_has_expired(fails, join, tmp_path, monkeypatch):
         assert "has expired" in fails("certificate_expired")["sentence"]
 
 
+@pytest.mark.slow
 def test_6_a_wrong_authority_in_the_credential(fails, join, tmp_path):
     genuine = tls.private_certificate(tmp_path / "genuine", ["127.0.0.1"])
     other = tls.private_certificate(tmp_path / "other", ["127.0.0.1"])
@@ -192,6 +194,7 @@ def test_7_a_credential_that_was_revoked(fails, join):
     assert "--replace" in fails("credential_refused")["remedy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("off_s", "words"), [(600, "behind"), (-600, "ahead of")])
 def test_8_a_clock_that_is_off(fails, join, federation, off_s, words):
     with server(with_clock(federation.url, off_s=off_s)) as url:
@@ -236,6 +239,7 @@ def test_13_a_coordinator_that_is_too_old_to_rehearse(check, join, federation):
         assert (status, list(findings)) == (0, ["version_older"])
 
 
+@pytest.mark.slow
 def test_14_a_slow_line(check, join, federation, monkeypatch):
     monkeypatch.setattr(line, "PASSAGE_S", 1.0)
     with SlowLine(federation.url, 500_000) as relay:

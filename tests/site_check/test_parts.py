@@ -123,6 +123,7 @@ def names_of(findings) -> list[str]:
     return [finding.name for finding in findings]
 
 
+@pytest.mark.slow
 def test_a_certificate_for_another_name(tmp_path):
     certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "9", "-subj", "/CN=other.example"]
@@ -161,6 +162,7 @@ def test_a_line_that_carries_next_to_nothing(tmp_path, monkeypatch):
     assert names_of(checked.findings)[-1] == "dummy_round_too_slow"
 
 
+@pytest.mark.slow
 def test_a_download_that_breaks_off(tmp_path):
     with served(tmp_path / "federation", make_settings()) as federation:
 

@@ -110,6 +110,7 @@ def test_a_trainer_of_a_user_goes_on_with_its_own_checkpoint(train):
     assert (checkpoint["current_epoch"], checkpoint["patience_used"]) == (3, 0)  # stops early, an epoch later
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_validation")
 def test_what_a_trainer_did_shows(train):
     """Each style has an effect that the base trainer would not have."""

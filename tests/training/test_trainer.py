@@ -624,6 +624,7 @@ def test_a_missing_fingerprint_says_what_to_run(dataset, roots):
         make_trainer(dataset).run_training()
 
 
+@pytest.mark.slow
 def test_workers_are_stopped_when_a_training_fails(dataset, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "1")
     trainer = make_trainer(dataset)

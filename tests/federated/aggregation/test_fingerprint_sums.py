@@ -119,6 +119,7 @@ def deal(cases, data):
     return [site for site in sites if site]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 2**32), number=st.integers(1, 8), empty=st.sampled_from([(), (0,)]), data=st.data())
 def test_any_split_gives_the_fingerprint_of_today_to_the_bit(seed, number, empty, data):
@@ -127,6 +128,7 @@ def test_any_split_gives_the_fingerprint_of_today_to_the_bit(seed, number, empty
     assert json.dumps(by_sums(sites, "list", mask=seed)[0]) == json.dumps(in_clear(sites))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 2**32), number=st.integers(2, 9), data=st.data())
 def test_order_statistics_are_those_of_the_lists(seed, number, data):
@@ -148,6 +150,7 @@ def test_order_statistics_are_those_of_the_lists(seed, number, data):
         assert found[name] == listed[name]
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**32), number=st.integers(1, 30))
 def test_median_resampled_shape_is_numpys(seed, number):

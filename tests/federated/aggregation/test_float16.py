@@ -54,6 +54,7 @@ def test_values_are_rounded_to_the_nearest():
     assert rounded(np.empty((2, 0), np.float32)).shape == (2, 0)
 
 
+@pytest.mark.slow
 @given(SINGLES)
 def test_a_value_is_its_rounding_and_the_rest_exactly(value):
     value = np.float32([value])

@@ -94,6 +94,7 @@ def find(parts, percentiles, count):
     return branches
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(seed=st.integers(0, 2**32), number=st.integers(1, 60), sites=st.integers(1, 4))
 def test_geometry_is_described_as_numpy_does(seed, number, sites):

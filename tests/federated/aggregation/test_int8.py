@@ -319,6 +319,7 @@ def test_two_sites_train_with_a_quarter_of_the_bytes_to_the_same_end(tmp_path):
         np.testing.assert_array_equal(ends["three"][0][0][name], packed_end[name])  # with the rests of a checkpoint
 
 
+@pytest.mark.slow
 def test_the_log_says_what_travels(tmp_path):
     for precision, bytes_per_value in (("float32", 4), ("float16", 2), ("int8", 1)):
         with (

@@ -244,6 +244,7 @@ def test_an_offer_spares_the_upload(a, b):
 
 
 # ----------------------------------------------------------------------------------------------------------- results
+@pytest.mark.slow
 def test_an_open_gathering_says_whom_it_waits_for(a):
     response = a.get(f"gatherings/{CensusKey()}")
     assert (response.status_code, response.json()) == (202, {"waiting_for": ["A", "B"], "paused": False})
@@ -370,6 +371,7 @@ def test_an_update_is_bounded_by_what_was_registered(site):
     assert site.offer(RoundKey(RUN, 0), "0" * 64, 10 << 20).status_code == 413
 
 
+@pytest.mark.slow
 def test_old_weights_are_deleted_and_the_present_ones_kept(federation):
     with federation.client("A") as a, federation.client("B") as b:
         results = in_threads(lambda: train(a, seed=1, num_rounds=3), lambda: train(b, seed=2, num_rounds=3))

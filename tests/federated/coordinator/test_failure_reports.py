@@ -70,6 +70,7 @@ def report(run: str = RUN, reason: str = "out of memory", number: int | None = N
     return encode_json(FailureReport(run=run, round=number, reason=reason))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS, ids=lambda text: ascii(text[0]))
 def test_no_report_breaks_the_status(federation, text):
     assert ask(federation, "A", "POST", "failures", report(reason=text)).status_code == 204
@@ -82,6 +83,7 @@ def test_no_report_breaks_the_status(federation, text):
     assert len(json.dumps(event.detail)) < LOGGED_CHARACTERS + 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["x", "", "\u200b" * 500, RUN + " "])
 def test_a_report_is_about_a_run_that_there_is(federation, run):
     answer = ask(federation, "A", "POST", "failures", report(run=run))
@@ -107,6 +109,7 @@ def test_what_earlier_versions_wrote_down_is_shown_shortened(federation, capsys)
     assert audit_log.describe("failure", None, {"run": "r", "round": None, "reason": "x"}) == "r: x"
 
 
+@pytest.mark.slow
 def test_a_site_may_fail_some_hundred_times_a_day(tmp_path):
     with served(tmp_path / "federation", make_settings(sites=("A", "B"))) as federation:
         now, coordinator = [1000.0], federation.coordinator

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 COMMANDS = ("admin", "api_client", "audit_log", "coordinator", "leave", "status")
 CODE = f"""
 import sys
@@ -19,6 +21,7 @@ print(*sorted({{"requests", "SimpleITK", "tenacity", "torch"}} & sys.modules.key
 """
 
 
+@pytest.mark.slow
 def test_nothing_that_runs_at_the_coordinator_imports_requests_or_torch():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

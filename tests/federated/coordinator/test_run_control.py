@@ -327,6 +327,7 @@ def test_a_run_that_begins_anew_inherits_nothing(make_federation, monkeypatch):
     assert federation.state.registry.is_closed(RegistrationKey(RUN)), "at once: nothing had gone wrong here"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["stop", "pause", "reset"])
 def test_an_operator_waits_for_the_round_that_is_being_closed(make_federation, monkeypatch, action):
     """A run that was stopped or paused closes no further round, and of one that was reset nothing stays."""

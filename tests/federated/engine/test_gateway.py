@@ -77,6 +77,7 @@ def test_sites_train_through_their_gateways(engine):
     assert digests[0] == digests[1] and isinstance(digests[0], str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float16", "int8"])
 def test_weights_travel_through_gateways_as_they_do_over_http(engine, tmp_path, precision):
     settings = make_settings(precision=precision)
@@ -98,6 +99,7 @@ def test_weights_travel_through_gateways_as_they_do_over_http(engine, tmp_path, 
     assert through == over_http and len(set(through)) == 1 and isinstance(through[0], str)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("coordinator", "may"), [("nvflare:network/test", True), ("nvflare:network/other", False)])
 def test_an_allow_list_is_bound_to_the_federation_and_not_to_a_port(engine, tmp_path, monkeypatch, coordinator, may):
     documents = {"census": {"fields": ["*"]}}

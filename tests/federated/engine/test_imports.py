@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).resolve().parents[3]
 
 CODE = """
@@ -25,6 +27,7 @@ print(*sorted(name for name in sys.modules if name.partition(".")[0] in ("nvflar
 """Imports what stands behind every command, and all of the engine's room that does not carry its name."""
 
 
+@pytest.mark.slow
 def test_no_command_and_no_module_of_ours_but_two_loads_the_engine():
     done = subprocess.run([sys.executable, "-c", CODE], cwd=PROJECT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

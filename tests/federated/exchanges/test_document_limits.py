@@ -292,6 +292,7 @@ def test_more_figures_than_people_look_at_are_refused(tmp_path, figures):
 BOMB = raw(REPORT % ("[" + ",".join(["[]"] * (2 << 20)) + "]"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "key", [RoundKey(RUN, 0), InitialKey(RUN), RegistrationKey(RUN), CensusKey(), CoarseKey(), FineKey(), PlansKey("p")]
 )

@@ -160,6 +160,7 @@ def read_status(federation, capsys, monkeypatch) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("plans", "line"),
     [
@@ -202,6 +203,7 @@ def test_before_registration_closes_nothing_is_said(tmp_path):
         assert client.outlooks().runs == ()
 
 
+@pytest.mark.slow
 def test_a_coordinator_of_an_older_version_cannot_say(tmp_path):
     unknown = api.Problem(code="unknown_path", message="there is no GET /v1/outlooks here")
     page = Page(404, unknown.model_dump_json().encode(), {"Content-Type": "application/json"})

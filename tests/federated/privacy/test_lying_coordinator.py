@@ -173,6 +173,7 @@ def test_an_identity_in_place_of_the_site_s_own_is_refused(three):
     assert code_of(found["A"]) == "identity_changed" and "for this site, A" in str(found["A"])
 
 
+@pytest.mark.slow
 def test_a_fake_site_is_refused_where_people_have_compared(tmp_path, verified):
     """The coordinator invites a site of its own after the number was compared."""
     with lying(tmp_path, sites="ABC") as liar:
@@ -541,6 +542,7 @@ def test_different_averages_to_validate_leave_no_sum_of_counts(tmp_path, monkeyp
 
 
 # ------------------------------------------------------------------------------------------------- the same round twice
+@pytest.mark.slow
 def test_a_second_round_of_the_same_number_gets_nothing(tmp_path):
     """The coordinator goes back to a backup and asks for round 0 once more, from sites that have other weights now."""
     settings, folder = masked_settings(THREE, validate_every=0), tmp_path / "federation"
@@ -674,6 +676,7 @@ def test_a_coordinator_that_takes_two_folds_for_one_run_is_refused(three):
         site.register()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("trust", "line"),
     [

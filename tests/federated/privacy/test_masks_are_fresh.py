@@ -105,6 +105,7 @@ def test_two_folds_and_sites_that_come_back_make_other_masks(tmp_path, log):
     log.check(at_least=8 * 3 * 3)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_reset_makes_other_masks(tmp_path, log):
     world = World(tmp_path)
     with world.serve() as federation:

@@ -17,6 +17,7 @@ from nnunetv2.federated.site.enrolment import join
 from nnunetv2.federated.site.identity import identity_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["float32", "float16"])
 def test_a_site_that_returns_within_a_round_of_several_epochs_takes_part_in_it(tmp_path, precision):
     settings = masked_settings(THREE, validate_every=0, num_epochs=6, exchange_every=3, precision=precision)
@@ -40,6 +41,7 @@ def key_files(federation, site: str) -> list:
     return list(folder.rglob("*.pem"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"num_epochs": 2}, {"num_epochs": 5, "exchange_every": 3}])
 def test_the_keys_of_a_run_that_is_over_are_gone(tmp_path, settings):
     with served(tmp_path / "federation", masked_settings(THREE, validate_every=0, **settings)) as federation:

@@ -214,6 +214,7 @@ def test_run_names_reject_what_cannot_be_part_of_a_key():
         keys.run_name("3d/../x", 0, "t")
 
 
+@pytest.mark.slow
 def test_a_late_update_is_carried_and_the_site_goes_on_where_it_counted(tmp_path):
     settings = make_settings(sites=("A", "B", "C"), quorum=2, deadline_s=0.1, late_updates="carry", num_epochs=5)
     with served(tmp_path / "federation", settings) as federation, ExitStack() as stack:

@@ -251,7 +251,6 @@ def test_an_upload_of_another_site_is_not_gone_on_with(federation, peers, monkey
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -282,7 +281,6 @@ def forged(entries: dict, *, message: messages.Message, data: bytes = b"") -> by
     return len(header).to_bytes(8, "little") + header + data
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "entries",
     [

@@ -73,7 +73,6 @@ def packages_of(environment: Path) -> set[str]:
     return names - {"nnunetv2"}
 
 
-@pytest.mark.slow
 def test_a_coordinator_needs_few_packages_and_megabytes(requirements, wheels, installed):
     names = packages_of(installed)
     megabytes = sum(path.stat().st_size for path in wheels.iterdir()) / 1e6
@@ -87,7 +86,6 @@ def test_a_coordinator_needs_few_packages_and_megabytes(requirements, wheels, in
     assert megabytes <= MOST_MEGABYTES
 
 
-@pytest.mark.slow
 def test_it_starts_again_and_two_sites_run_a_round(installed, tmp_path):
     folder = tmp_path / "federation"
     command = [installed / "bin" / "nnUNetv2_fed_coordinator", "--folder", folder, "--port", "0"]

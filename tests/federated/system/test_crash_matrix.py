@@ -71,7 +71,7 @@ def nursery():
     nursery.close()
 
 
-KINDS = ["clear", pytest.param("masked", marks=pytest.mark.slow)]
+KINDS = ["clear", "masked"]
 """Whether updates travel in clear, or masked. A round of the latter takes three exchanges, as its validation does."""
 
 
@@ -268,7 +268,6 @@ def check_journal(folder: Path, run: Run) -> None:
 
 
 # ----------------------------------------------------------------------------------------- every record of the journal
-@pytest.mark.slow
 @pytest.mark.parametrize("side", ["before", "after"])
 def test_a_coordinator_that_dies_at_every_record_in_turn(nursery, tmp_path, undisturbed, side):
     """Every life writes one record more than the one before, and ends just before or after the commit of the next."""
@@ -315,7 +314,6 @@ def die_once(nursery: Nursery, folder: Path, record: int, side: str, undisturbed
     return coordinator.deaths > 0
 
 
-@pytest.mark.slow
 def test_a_coordinator_that_dies_once_at_one_record(nursery, tmp_path, undisturbed):
     """The whole matrix takes every record, those of the start too, on both sides of its commit; else a few."""
     records = range(1, 400) if FULL else (1, 2, 4) if undisturbed.kind == "clear" else (25,)
@@ -366,7 +364,6 @@ def test_what_an_operator_has_said_outlasts_a_death_at_its_record(nursery, tmp_p
 
 
 # ------------------------------------------------------------------------------------------------------ random moments
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["clear", pytest.param("masked", marks=pytest.mark.skipif(not FULL, reason="of the whole matrix"))]
 )
@@ -424,7 +421,6 @@ def is_moment(folder: Path, aim: str) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------- sites
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_sites_that_are_killed_come_back(nursery, tmp_path, kind):
     num_rounds = 10 * KILLS_PER_SITE + 4  # enough that the run does not end before the last kill

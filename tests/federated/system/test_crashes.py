@@ -48,7 +48,6 @@ def undisturbed(tmp_path_factory) -> str:
         return first
 
 
-@pytest.mark.slow
 def test_a_run_survives_a_coordinator_that_is_killed_again_and_again(tmp_path, undisturbed):
     with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--epochs", str(NUM_ROUNDS)) as process:
         credentials = process.credentials()
@@ -87,7 +86,6 @@ def test_a_run_survives_a_coordinator_that_is_killed_again_and_again(tmp_path, u
         assert "the coordinator answers again" in lines
 
 
-@pytest.mark.slow
 def test_a_site_that_is_killed_comes_back(tmp_path, undisturbed):
     with (
         coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--epochs", str(NUM_ROUNDS)) as process,

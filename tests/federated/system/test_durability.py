@@ -92,7 +92,6 @@ def offer(url, token, digest, size) -> dict:
 
 
 # -------------------------------------------------------------------------------------------------- going on at a byte
-@pytest.mark.slow
 def test_an_upload_and_a_download_go_on_at_their_byte_after_the_coordinator_was_killed(tmp_path):
     paths = {site: tmp_path / f"{site}.safetensors" for site in "AB"}
     digests = {site: write_update(path, ord(site)) for site, path in paths.items()}
@@ -270,7 +269,6 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full_again_and_again_costs_time_only(small_disk, tmp_path, monkeypatch):
     from nnunetv2.federated.coordinator import aggregation_worker
     from nnunetv2.federated.coordinator.storage import quotas
@@ -325,7 +323,6 @@ def test_a_disk_that_is_full_again_and_again_costs_time_only(small_disk, tmp_pat
 
 
 # ------------------------------------------------------------------------------------------------------- many at once
-@pytest.mark.slow
 def test_uploads_that_are_being_synced_do_not_keep_others_from_being_served(tmp_path, monkeypatch):
     sites = tuple(f"S{index:02d}" for index in range(60))
     release = threading.Event()

@@ -24,8 +24,6 @@ from nnunetv2.federated.commands.simulate import (
     wait_for_all,
 )
 
-pytestmark = pytest.mark.slow
-
 RUN = f"{CONFIGURATION}.fold_0.nnUNetTrainerAsymFedAvg"
 
 

@@ -16,8 +16,6 @@ import pytest
 from nnunetv2.experiment_planning.federated_planning import PlanningOptions, plan_federated
 from nnunetv2.federated.commands.simulate import LocalSite, running_coordinator
 
-pytestmark = pytest.mark.slow
-
 EXACT = ("median", "percentile_00_5", "percentile_99_5")
 
 

@@ -445,7 +445,6 @@ def documents_of(scene: Scene) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.slow
 def test_mutated_requests_are_refused_and_change_nothing_of_others(scene):
     async def scenario() -> tuple[int, int]:
         async with running(scene.app):
@@ -549,7 +548,6 @@ HEADERS = st.dictionaries(
 )
 
 
-@pytest.mark.slow
 def test_generated_requests_are_refused_and_change_nothing_of_others(scene):
     loop = asyncio.new_event_loop()
     context = running(scene.app)

@@ -64,7 +64,6 @@ def plan_all(federation: LocalFederation, *sites: str) -> None:
         assert result == "nnUNetPlans", result
 
 
-@pytest.mark.slow
 def test_a_late_site_holds_the_plans_of_the_others(federation, roots, capsys):
     plan_all(federation, "A", "B")
     federation.coordinator.invite("C", "site", by="boss")
@@ -89,7 +88,6 @@ def test_a_late_site_holds_the_plans_of_the_others(federation, roots, capsys):
     assert ("closing", None, LatePlansKey("nnUNetPlans", "C")) in recorded
 
 
-@pytest.mark.slow
 def test_whoever_repeats_the_command_gets_the_same_unless_what_was_pooled_has_changed(federation, roots):
     plan_all(federation, "A", "B")
     federation.coordinator.invite("C", "site", by="boss")
@@ -104,7 +102,6 @@ def test_whoever_repeats_the_command_gets_the_same_unless_what_was_pooled_has_ch
     assert read(roots, "A", "nnUNetPlans.json") == before["A"]
 
 
-@pytest.mark.slow
 def test_a_late_site_that_does_not_fit_is_told_what_differs(federation, roots):
     plan_all(federation, "A", "B")
     federation.coordinator.invite("C", "site", by="boss")
@@ -130,7 +127,6 @@ def test_while_the_census_is_open_a_new_site_is_an_ordinary_one(federation, root
     assert federation.state.registry.get(CensusKey()).waiting_for == ("B", "C")
 
 
-@pytest.mark.slow
 def test_a_site_that_comes_in_between_waits_and_says_for_whom(federation, roots, capsys):
     """The census is closed, the rest is not: the newcomer waits for the others, and needs nobody to wait for it."""
     with federation.client("A") as first, federation.client("B") as second:

@@ -49,7 +49,6 @@ def operator(federation):
     return federation.coordinator.authenticate(federation.operator_token())
 
 
-@pytest.mark.slow
 def test_a_site_that_fails_before_its_upload_is_not_waited_for_and_comes_back(five):
     _federation, sites = five
     start = all_join(sites)
@@ -240,7 +239,6 @@ def test_a_site_that_trains_again_sends_what_it_has_masked_first(five, tmp_path)
     assert_close(weights, mean_of(sites, start, 0))
 
 
-@pytest.mark.slow
 def test_a_site_whose_outbox_is_lost_sits_the_round_out(five):
     federation, sites = five
     start = all_join(sites)
@@ -302,7 +300,6 @@ def test_a_late_update_is_not_taken_and_its_site_gets_the_average(five):
 
 
 # ---------------------------------------------------------------------------------------------------- half precision
-@pytest.mark.slow
 def test_half_precision_comes_as_close_to_the_mean_as_its_steps_allow(tmp_path):
     settings = masked_settings(THREE, validate_every=0, precision="float16", num_epochs=None)
     with served(tmp_path / "federation", settings) as federation:
@@ -354,7 +351,6 @@ def reconnected(federation, site):
     return MaskedSite(make_client(credential), credential, site, seed=THREE.index(name))
 
 
-@pytest.mark.slow
 def test_rounds_that_were_closed_before_a_backup_was_restored_are_not_answered_again(tmp_path):
     settings = masked_settings(THREE, validate_every=0, num_epochs=6)
     with served(tmp_path / "federation", settings) as federation:

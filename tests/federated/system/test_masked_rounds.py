@@ -15,7 +15,6 @@ from nnunetv2.federated.protocol.keys import RoundKey, UploadKey
 from nnunetv2.federated.protocol.rounds import Rounds
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("names", [THREE, FIVE])
 def test_masked_rounds_give_the_weighted_mean(tmp_path, names):
     with served(tmp_path / "federation", masked_settings(names)) as federation:
@@ -62,7 +61,6 @@ def run_keys(federation, site: str) -> list:
     return list(folder.with_name(f"{folder.name}.secure").glob("*/runs/**/*.pem"))
 
 
-@pytest.mark.slow
 def test_people_see_what_all_sites_have_in_common_and_of_no_site(tmp_path):
     """The pooled figures are those of the plain run; of one site, nobody learns loss, Dice or distance."""
     with served(tmp_path / "federation", masked_settings(THREE)) as federation:
@@ -120,7 +118,6 @@ def run_of_three(folder, shapes=SHAPES):
         return federation.state.store.load_result_digest(RoundKey(RUN, 2))
 
 
-@pytest.mark.slow
 def test_the_average_is_that_of_masks_that_are_all_zero(tmp_path, monkeypatch):
     """To the bit, and whoever has answered first: masks leave nothing behind."""
     with_masks = run_of_three(tmp_path / "masked")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 from small_sites import CONFIGURATION, final_weights, make_sites, plan_command, shrink_plans, train_command
 
 from nnunetv2.federated.commands.simulate import run_everywhere, running_coordinator
@@ -17,7 +16,6 @@ RUN = f"{CONFIGURATION}.fold_0.nnUNetTrainerAsymFedAvg"
 OPTIONS = ("--epochs", "2", "--iterations", "2", "--val-iterations", "1", "--validate-every", "1")
 
 
-@pytest.mark.slow
 def test_three_sites_plan_and_train_behind_masks(tmp_path):
     sites = make_sites(tmp_path, num_sites=3)
     logs = tmp_path / "logs"
@@ -47,7 +45,6 @@ def assert_keys_are_gone(sites):
         assert not list(folder.rglob("*.pem")) and not list(folder.rglob("*.safetensors"))
 
 
-@pytest.mark.slow
 def test_rounds_of_several_epochs_half_precision_proximal_terms_and_closing_epochs_go_along_with_masks(tmp_path):
     sites = make_sites(tmp_path, num_sites=3)
     logs = tmp_path / "logs"
@@ -66,7 +63,6 @@ def test_rounds_of_several_epochs_half_precision_proximal_terms_and_closing_epoc
     assert_keys_are_gone(sites)
 
 
-@pytest.mark.slow
 def test_three_sites_train_with_differential_privacy_behind_masks(tmp_path):
     """Masks hide the update of a site, noise the patients: losses, Dice and counts leave in no form."""
     sites = make_sites(tmp_path, num_sites=3, num_train=25, num_test=0)  # 20 are trained on: the fewest

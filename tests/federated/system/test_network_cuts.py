@@ -86,7 +86,6 @@ def undisturbed(request, tmp_path_factory) -> Ends:
     return Ends(request.param, first, aggregate)
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(CUT_S * 30 + 600)
 def test_a_run_survives_ten_cuts_of_every_kind(tmp_path, undisturbed, monkeypatch):
     if not FULL:

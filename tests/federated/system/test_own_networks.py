@@ -8,12 +8,9 @@ import shlex
 from pathlib import Path
 
 import numpy as np
-import pytest
 from small_sites import CONFIGURATION, make_sites, plan_command, train_command
 
 from nnunetv2.federated.commands.simulate import LocalSite, run_everywhere, running_coordinator
-
-pytestmark = pytest.mark.slow
 
 PLANS = {"north": "nnUNetPlans", "south": "nnUNetPlans_4GB", "west": "nnUNetPlans"}
 PLANNING = {"south": ["-gpu_memory_target", "4", "-overwrite_plans_name", PLANS["south"]]}

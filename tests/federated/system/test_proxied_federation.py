@@ -189,7 +189,6 @@ def digests(ground: Ground) -> set[str]:
 
 
 # ----------------------------------------------------------------------------------------------- quick: on loopback
-@pytest.mark.slow
 def test_sites_behind_a_proxy_train_over_tls_with_the_pinned_authority(tmp_path):
     ground, port = Ground(tmp_path), free_port()
     with ground.proxy("127.0.0.1", "--place", f"{NAME}:{port}", f"127.0.0.1:{port}") as proxy:
@@ -206,7 +205,6 @@ def test_sites_behind_a_proxy_train_over_tls_with_the_pinned_authority(tmp_path)
         assert authority.read_text() == (tmp_path / "coordinator" / "tls" / "ca.pem").read_text()
 
 
-@pytest.mark.slow
 @needs_nginx
 def test_the_example_for_nginx_serves_a_federation_under_a_path_prefix(tmp_path):
     ground, port, front = Ground(tmp_path), free_port(), free_port()
@@ -268,7 +266,6 @@ def test_the_example_for_nginx_is_accepted_as_it_stands(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
 def test_whoever_has_taken_the_address_of_the_coordinator_is_refused(tmp_path):
     ground, port = Ground(tmp_path), free_port()
     sites = bare_sites(tmp_path)
@@ -389,7 +386,6 @@ def ground(tmp_path):
         yield Ground(tmp_path, prefix)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("front", ["coordinator", pytest.param("nginx", marks=needs_nginx)])
 def test_hospitals_plan_train_and_predict_through_their_proxy(ground, front):
     address = f"10.77.{PLACES['centre']}.2"

@@ -57,7 +57,6 @@ def save_and_restore(folder, tmp_path):
     return tmp_path / "restored"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("procedure", [copy_cold, save_and_restore])
 def test_a_restored_federation_ends_as_the_undisturbed_one(tmp_path, credentials, procedure):
     folder = tmp_path / "federation"

@@ -43,7 +43,6 @@ def both(federation, plans_name="nnUNetPlans", **options) -> list[str]:
     return in_threads(*(lambda site=site: train_through(federation, site, plans_name, **options) for site in "AB"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("equal", [False, True])
 def test_further_plans_are_a_further_run(tmp_path, equal):
     with served(tmp_path / "federation", make_settings(num_epochs=2)) as federation:

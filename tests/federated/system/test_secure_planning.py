@@ -92,7 +92,6 @@ def read(roots, site: str, name: str) -> dict:
 
 
 # ------------------------------------------------------------------------------------------------- the same plans
-@pytest.mark.slow
 def test_plans_are_those_of_a_federation_in_clear(datasets, roots, tmp_path):
     with federation_of(tmp_path / "clear", None) as federation:
         plan_all(federation)
@@ -112,7 +111,6 @@ def test_plans_are_those_of_a_federation_in_clear(datasets, roots, tmp_path):
                 assert found[name] == fingerprint[name]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("geometry", [None, "list", "quantiles"])
 def test_sites_plan_networks_of_their_own_under_names_of_their_own(datasets, roots, tmp_path, geometry):
     secure = None if geometry is None else Secure(k=3, geometry=geometry)
@@ -248,7 +246,6 @@ def written(extractors) -> set[str]:
     return {(Path(one.output_folder) / "dataset_fingerprint.json").read_text() for one in extractors.values()}
 
 
-@pytest.mark.slow
 def test_no_histogram_and_no_moment_of_a_site_is_stored(tmp_path):
     with federation_of(tmp_path / "federation", "list") as federation:
         extractors = make_extractors(tmp_path)
@@ -268,7 +265,6 @@ def test_no_histogram_and_no_moment_of_a_site_is_stored(tmp_path):
         assert not [needle for needle in needles if any(needle in content for content in files)]
 
 
-@pytest.mark.slow
 def test_a_site_that_is_killed_at_any_request_ends_with_the_fingerprint_of_all(tmp_path):
     """Before the request, or after it was answered; until a run needs no further request."""
     fingerprints, dies_at, was_killed = set(), 0, True
@@ -459,7 +455,6 @@ class EveryCase(ExperimentPlanner):
         return np.min(self.dataset_fingerprint["spacings"], axis=0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("geometry", ["list", "quantiles"])
 def test_a_late_site_receives_only(geometry, datasets, roots, tmp_path, capsys):
     write_cases(roots, "D", num_train=3, seed=7)
@@ -477,7 +472,6 @@ def test_a_late_site_receives_only(geometry, datasets, roots, tmp_path, capsys):
     assert {**plans, "dataset_name": ""} == {**read(roots, "A", "nnUNetPlans.json"), "dataset_name": ""}
 
 
-@pytest.mark.slow
 def test_other_plans_add_up_shapes_at_their_own_spacing(datasets, roots, tmp_path):
     with federation_of(tmp_path / "federation", "quantiles") as federation:
         plan_all(federation)
@@ -496,7 +490,6 @@ def test_other_plans_add_up_shapes_at_their_own_spacing(datasets, roots, tmp_pat
             assert "no spacings" in str(error) and "--geometry list" in str(error)
 
 
-@pytest.mark.slow
 def test_an_allow_list_of_the_manifest_lets_planning_through(tmp_path, monkeypatch):
     documents = planning_documents(
         {"channel_names": {"0": "CT"}, "labels": {"background": 0, "liver": 1}}, 4, is_masked=True
@@ -518,7 +511,6 @@ def test_an_allow_list_of_the_manifest_lets_planning_through(tmp_path, monkeypat
 
 
 # ------------------------------------------------------------------------------------ coordinators that end, or hoard
-@pytest.mark.slow
 def test_a_coordinator_that_is_killed_again_and_again_opens_the_same_sums(tmp_path):
     expected = tmp_path / "expected"
     expected.mkdir()

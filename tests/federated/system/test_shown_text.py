@@ -176,7 +176,6 @@ COMMANDS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("kind", ["problem", "page", "reason", "junk"])
 def test_no_refusal_commands_the_terminal_of_a_command(command, kind, hostile_text, shown):

@@ -16,7 +16,6 @@ FILES = 256
 PATIENCE_S = 60.0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--tls"]], ids=["plain", "tls"])
 def test_a_thousand_silent_connections_of_one_address_cost_members_nothing(tmp_path, options):
     """With a quarter of that many files. A member behind that address is served too, on new and on old connections.
@@ -43,7 +42,6 @@ def end_of(answer: bytes) -> bool:
     return b"\r\n\r\n" in answer and answer.endswith(b"}")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "request_lines",
     [b"GET /v1/settings HTTP/1.1\r\nHost: x\r\nConnection: close", b"GET /v1/settings HTTP/1.0", b"this is no HTTP"],

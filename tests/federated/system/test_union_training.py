@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pytest
 import SimpleITK as sitk
 from running_sites import Coordinator, train_to_the_end
 from small_sites import CONFIGURATION, final_weights, make_sites, plan_command, shrink_plans, train_command
@@ -14,8 +13,6 @@ from union_sites import annotate
 
 from nnunetv2.federated.commands.simulate import run_everywhere, running_coordinator
 from nnunetv2.federated.coordinator.storage.store import Store
-
-pytestmark = pytest.mark.slow
 
 RUN = f"{CONFIGURATION}.fold_0.nnUNetTrainerAsymFedAvg"
 CLASSES = {"north": {"organ": 1}, "south": {"lesion": 1, "organ": 2}, "west": {"lesion": 1, "organ": 2}}

@@ -186,6 +186,7 @@ class DiesOfFullSharedMemory:
         os.kill(os.getpid(), signal.SIGBUS)
 
 
+@pytest.mark.slow
 def test_full_shared_memory_is_explained(start, monkeypatch):
     with pytest.raises(RuntimeError, match="(?s)/dev/shm.*--shm-size"):
         next(start(DiesOfFullSharedMemory()))

@@ -80,6 +80,7 @@ def test_a_missing_folder_is_reported(tmp_path, caplog):
     assert "draw_progress of" in caplog.text and "write_csv of" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_logger_that_draws_can_be_copied_to_another_process(tmp_path):
     meta = filled_logger(tmp_path)
     meta.plot_progress_png(tmp_path)

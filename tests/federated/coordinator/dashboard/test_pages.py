@@ -188,6 +188,7 @@ def test_wrong_secrets_are_refused(federation, change):
     assert answer.status_code in (401, 403) and "set-cookie" not in answer.headers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "body",
     [
@@ -481,6 +482,7 @@ def test_odd_questions_get_an_answer(done, path, status):
 
 
 # -------------------------------------------------------------------------------------------------------------- live
+@pytest.mark.slow
 def test_who_has_seen_everything_waits_for_news(federation, eve, monkeypatch):
     seen = eve.get("overview").json()["revision"]
     begin = time.monotonic()
@@ -496,6 +498,7 @@ def test_who_has_seen_something_else_is_answered_at_once(eve, monkeypatch):
     assert eve.get(f"overview?seen=something-else&wait={MUCH_LONGER_S}").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_failure_wakes_the_viewers(federation, eve):
     seen = eve.get("overview").json()["revision"]
     with federation.client("A") as a, federation.client("B") as b:
@@ -514,6 +517,7 @@ def test_a_failure_wakes_the_viewers(federation, eve):
     assert news["runs"][0]["meeting"]["waiting_for"] == ["A", "B"]
 
 
+@pytest.mark.slow
 def test_many_viewers_share_one_look_and_cost_no_threads(federation, eve, monkeypatch):
     looks = []
     build = OverviewBuilder.build
@@ -542,6 +546,7 @@ def test_many_viewers_share_one_look_and_cost_no_threads(federation, eve, monkey
     assert len(looks) <= 2
 
 
+@pytest.mark.slow
 def test_the_head_of_the_log_is_told_at_the_start_and_every_day(federation, monkeypatch):
     wait_until(lambda: any(line.startswith("audit log: the head of line 1 is ") for line in federation.lines))
     federation.state.store.add_event(Event(1.0, "test", None, None, {}))

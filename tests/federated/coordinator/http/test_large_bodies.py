@@ -144,6 +144,7 @@ def eventually(condition) -> bool:
     return condition()
 
 
+@pytest.mark.slow
 def test_a_body_of_any_size_in_any_pieces_arrives_as_it_was_sent(receiver):
     def send(number: int) -> tuple[int, str]:
         rng = random.Random(number)

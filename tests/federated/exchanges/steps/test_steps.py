@@ -160,6 +160,7 @@ def test_the_last_aggregate_becomes_a_model_folder(federation):
     assert (model / "dataset_fingerprint.json").exists() == has_fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("readers", "expected"),
     [(("NoSuchReader", "SimpleITKIO", "SimpleITKIO"), "SimpleITKIO"), (("B", "A", "C"), "B"), (("B", "A", "A"), "A")],

@@ -87,6 +87,7 @@ def test_the_line_says_what_has_answered():
     assert "client_max_body_size" in describe_foreign(url, 413, "Request Entity Too Large", html)
 
 
+@pytest.mark.slow
 def test_the_line_is_told_once_however_often_it_happens(tmp_path):
     with served(tmp_path / "federation", make_settings()) as federation:
         lines: list[str] = []
@@ -106,6 +107,7 @@ def test_the_line_is_told_once_however_often_it_happens(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_who_never_answers_properly_is_given_up_with_the_reason(tmp_path):
     with (
         served(tmp_path / "federation", make_settings()) as federation,
@@ -116,6 +118,7 @@ def test_who_never_answers_properly_is_given_up_with_the_reason(tmp_path):
         client.settings()
 
 
+@pytest.mark.slow
 def test_the_coordinators_own_refusals_stay_final(tmp_path):
     with served(tmp_path / "federation", make_settings()) as federation:
         credential = federation.credential("A")
@@ -147,6 +150,7 @@ def test_a_refusal_has_all_three_parts():
         assert find_problem(content, JSON) is None
 
 
+@pytest.mark.slow
 def test_commands_that_ask_once_say_what_has_answered(tmp_path):
     with served(tmp_path / "federation", make_settings()) as federation:
         credential = federation.credential("A")
@@ -159,6 +163,7 @@ def test_commands_that_ask_once_say_what_has_answered(tmp_path):
                     join(invitation, path=tmp_path / "b.json")
 
 
+@pytest.mark.slow
 def test_a_foreign_page_takes_no_failure_report(tmp_path, caplog):
     with served(tmp_path / "federation", make_settings()) as federation:
         with (
@@ -170,6 +175,7 @@ def test_a_foreign_page_takes_no_failure_report(tmp_path, caplog):
         assert federation.coordinator.status().failures == ()
 
 
+@pytest.mark.slow
 def test_a_registration_waits_behind_a_page(tmp_path):
     """The message that a site waits for others with is asked for with a long poll, through the same door."""
     with served(tmp_path / "federation", make_settings()) as federation:

@@ -135,6 +135,7 @@ def test_a_site_whose_token_is_not_known_has_not_joined(federation):
         client.settings()
 
 
+@pytest.mark.slow
 def test_what_is_no_coordinator_is_reported_and_asked_again():
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -160,6 +161,7 @@ def test_what_is_no_coordinator_is_reported_and_asked_again():
     assert len(lines) == 1 and "not as a coordinator would; trying again" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_line_that_differs_from_the_last_by_a_time_alone_is_told_once(federation, monkeypatch):
     seconds, lines = itertools.count(10), []
 
@@ -218,6 +220,7 @@ def test_an_answer_that_is_cut_off_anywhere_is_asked_for_again(monkeypatch):
         client.settings()
 
 
+@pytest.mark.slow
 def test_giving_up_takes_as_long_as_was_asked_for_and_says_so_once():
     lines: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -230,6 +233,7 @@ def test_giving_up_takes_as_long_as_was_asked_for_and_says_so_once():
     assert lines == ["the coordinator cannot be reached (connection refused); trying again"]
 
 
+@pytest.mark.slow
 def test_a_silent_coordinator_is_noticed():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         credential = SiteCredential(f"http://127.0.0.1:{listener.getsockname()[1]}", "test", "A", "A.x")
@@ -266,6 +270,7 @@ def start_big_run(federation) -> None:
     assert in_threads(lambda: take_part("A", True), lambda: take_part("B", False)) == [None, None]
 
 
+@pytest.mark.slow
 def test_an_upload_that_breaks_is_repeated_and_counts_once(federation):
     start_big_run(federation)
     with Cutter(federation.url, upload=[700_000, 1_500_000]) as cutter:
@@ -286,6 +291,7 @@ def test_an_upload_goes_on_where_it_broke_even_after_a_restart_of_the_connection
     wait_until(lambda: not any((federation.state.store.folder / "incoming").iterdir()))
 
 
+@pytest.mark.slow
 def test_a_receipt_that_gets_lost_costs_no_second_upload(federation):
     start_big_run(federation)
     size = sum(4 * int(np.prod(shape)) for shape in BIG.values())
@@ -296,6 +302,7 @@ def test_a_receipt_that_gets_lost_costs_no_second_upload(federation):
         assert size < cutter.carried["upload"] < 1.2 * size
 
 
+@pytest.mark.slow
 def test_a_download_goes_on_where_it_broke(federation):
     start_big_run(federation)
     size = sum(4 * int(np.prod(shape)) for shape in BIG.values())
@@ -313,6 +320,7 @@ def test_a_download_goes_on_where_it_broke(federation):
         ]
 
 
+@pytest.mark.slow
 def test_waiting_outlasts_a_restart_of_the_coordinator(tmp_path):
     settings = make_settings()
     with served(tmp_path / "federation", settings) as federation:
@@ -327,6 +335,7 @@ def test_waiting_outlasts_a_restart_of_the_coordinator(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- asymmetric runs
+@pytest.mark.slow
 def test_a_site_receives_only_the_tensors_that_it_shares(tmp_path):
     shapes = {
         "A": {"deep.weight": (3, 3), "stem.weight": (2, 2)},
@@ -353,6 +362,7 @@ def test_a_site_receives_only_the_tensors_that_it_shares(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_who_misses_a_round_gets_the_latest_aggregate(tmp_path):
     settings = make_settings(sites=("A", "B", "C"), num_epochs=4, quorum=2, deadline_s=0.1)
     with served(tmp_path / "federation", settings) as federation:
@@ -433,6 +443,7 @@ def test_closing_ends_what_another_thread_waits_for(tmp_path):
         assert in_threads(wait, close) == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "seconds"), [(None, 86_400), ("48", 172_800), ("0.5", 1800)])
 def test_people_at_the_site_say_how_long_to_wait(federation, monkeypatch, text, seconds):
     if text is not None:
