@@ -134,7 +134,7 @@ class Arm:
             "train",
             lambda site: [
                 *("nnUNetv2_train", site.dataset, TASK.configuration, "0", "-tr", self.trainer, "-device", "cpu"),
-                *("--c", *options),
+                *("--c", "--no_validation", *options),
             ],
         )
 

@@ -138,7 +138,7 @@ class Runner:
         study = self.study
         return [
             *("nnUNetv2_train", site.dataset, study.configuration, study.fold, "-tr", trainer_of(arm)),
-            *("-p", study.plans_name, "-device", study.device, *arm.training_options),
+            *("-p", study.plans_name, "-device", study.device, "--no_validation", *arm.training_options),
         ]
 
     def _length(self, arm: Arm) -> list[str]:

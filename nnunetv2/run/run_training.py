@@ -129,6 +129,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="Validate with checkpoint_best instead of checkpoint_final. Writes into the same folder 'validation'.",
     )
+    parser.add_argument(
+        "--no_validation",
+        action="store_true",
+        help="End when the network is trained, without the final validation; --val makes up for it.",
+    )
     parser.add_argument("--disable_checkpointing", action="store_true", help="Save no checkpoints; for trials.")
     add_device_option(parser)
     training_options.add_training_options(parser)
@@ -152,6 +157,7 @@ def run_training(
     device: torch.device | None = None,
     options: TrainingOptions = NO_OPTIONS,
     privacy: PrivacyOptions | None = None,
+    no_validation: bool = False,
 ) -> None:
     """Train a fold, unless only its validation is asked for, and predict its validation cases.
 
@@ -165,6 +171,7 @@ def run_training(
         device: Where to train. Default: CUDA.
         options: What to change of the trainer.
         privacy: Options of a trainer with differential privacy.
+        no_validation: Leave the validation cases for a later command.
 
     Raises:
         AssertionError: Two options exclude each other.
@@ -184,6 +191,8 @@ def run_training(
         only_run_validation=only_run_validation,
         disable_checkpointing=disable_checkpointing,
         val_with_best=val_with_best,
+        export_validation_probabilities=export_validation_probabilities,
+        no_validation=no_validation,
         pretrained_weights=pretrained_weights,
         options=options,
     )
@@ -207,10 +216,12 @@ def run_training(
     )
     if processes.are_launched_by_torchrun():
         rank, world_size = processes.torchrun_rank(num_gpus)
-        run_ddp(rank, *what, world_size, device.type, options)
+        run_ddp(rank, *what, world_size, device.type, options, no_validation)
         return
     if num_gpus > 1:
-        processes.spawn(run_ddp, (*what, num_gpus, device.type, options), num_gpus, find_free_network_port)
+        processes.spawn(
+            run_ddp, (*what, num_gpus, device.type, options, no_validation), num_gpus, find_free_network_port
+        )
         return
     with seed_restored():
         _seed(0, options)
@@ -236,6 +247,7 @@ def run_training(
             pretrained_weights=pretrained_weights,
             export_validation_probabilities=export_validation_probabilities,
             val_with_best=val_with_best,
+            no_validation=no_validation,
         )
 
 
@@ -255,6 +267,7 @@ def run_ddp(
     world_size: int,
     device_type: str = "cuda",
     options: TrainingOptions = NO_OPTIONS,
+    no_validation: bool = False,
 ) -> None:
     """Be one of several processes that train together.
 
@@ -273,6 +286,7 @@ def run_ddp(
             pretrained_weights=pretrained_weights,
             export_validation_probabilities=npz,
             val_with_best=val_with_best,
+            no_validation=no_validation,
         )
 
 
@@ -445,6 +459,7 @@ def _train(args: argparse.Namespace, options: TrainingOptions) -> None:
         device=device,
         options=options,
         privacy=privacy,
+        no_validation=args.no_validation,
     )
 
 
@@ -468,6 +483,8 @@ def _check_options(
     only_run_validation: bool,
     disable_checkpointing: bool,
     val_with_best: bool,
+    export_validation_probabilities: bool,
+    no_validation: bool,
     pretrained_weights: str | None,
     options: TrainingOptions,
 ) -> None:
@@ -478,6 +495,14 @@ def _check_options(
     assert not (continue_training and only_run_validation), (
         "--c goes on training, --val only validates: use one of them"
     )
+    if no_validation:
+        asked_for = {
+            "--val": only_run_validation,
+            "--val_best": val_with_best,
+            "--npz": export_validation_probabilities,
+        }
+        if named := [option for option, is_given in asked_for.items() if is_given]:
+            raise ValueError(f"--no_validation leaves out what {named[0]} asks for: use one of them")
     if pretrained_weights is not None:
         if continue_training:
             raise RuntimeError(
@@ -535,6 +560,7 @@ def _run(
     pretrained_weights: str | None,
     export_validation_probabilities: bool,
     val_with_best: bool,
+    no_validation: bool,
 ) -> None:
     """Load what is to be loaded, train, validate."""
     from nnunetv2.models.checkpoint_file import BEST
@@ -553,6 +579,8 @@ def _run(
     _let_cudnn_choose_fast_algorithms()
     if not only_run_validation:
         trainer.run_training()
+    if no_validation:
+        return
     if val_with_best:
         _load_checkpoint_named(trainer, BEST)
     trainer.perform_actual_validation(export_validation_probabilities)

@@ -70,7 +70,8 @@ def test_the_parser_knows_the_options_of_the_reference():
         "disable_checkpointing": False,
         "device": "cuda",
     }
-    assert {name: value for name, value in vars(args).items() if value is not None or name in expected} == expected
+    given = {name: value for name, value in vars(args).items() if value is not None or name in expected}
+    assert given == {**expected, "no_validation": False}
     args = build_parser().parse_args(
         [
             "Dataset004_H",
@@ -143,6 +144,13 @@ def test_other_folds_are_refused(fold):
     [
         ({"continue_training": True, "only_run_validation": True}, AssertionError, "use one of them"),
         ({"val_with_best": True, "disable_checkpointing": True}, AssertionError, "--val_best needs checkpoint_best"),
+        (
+            {"no_validation": True, "only_run_validation": True},
+            ValueError,
+            "--no_validation leaves out what --val asks",
+        ),
+        ({"no_validation": True, "val_with_best": True}, ValueError, "what --val_best asks for"),
+        ({"no_validation": True, "export_validation_probabilities": True}, ValueError, "what --npz asks for"),
         ({"continue_training": True, "pretrained_weights": "x"}, RuntimeError, "use one of them"),
         ({"pretrained_weights": "missing.pth"}, FileNotFoundError, "missing.pth"),
         ({"num_gpus": 0}, AssertionError, "at least one"),
@@ -210,6 +218,13 @@ def test_a_finished_training_repeats_its_validation_only(dataset):
     after = load_checkpoint_file(dataset / "checkpoint_final.pth")
     assert after["current_epoch"] == 2 and len(after["logging"]["lrs"]) == 2
     assert all(torch.equal(before[name], after["network_weights"][name]) for name in before)
+    assert (dataset / "validation" / "summary.json").is_file()
+
+
+def test_a_validation_can_be_left_out_and_made_up_for(dataset):
+    train(no_validation=True)
+    assert (dataset / "checkpoint_final.pth").is_file() and not (dataset / "validation").exists()
+    train(only_run_validation=True)
     assert (dataset / "validation" / "summary.json").is_file()
 
 
