@@ -12,9 +12,9 @@ import torch
 from fake_federation import make_settings, served
 from federated_sites import run_of, weights_of
 from seeded_sites import Seeded, assert_same
-from test_federated_methods import FINETUNED, HEADS, found_with_weights, train
-from test_federated_processes import finish, fold_folder, start
+from site_processes import finish, fold_folder, start
 from tiny_dataset import NAME, make_tiny_dataset
+from trained_sites import FINETUNED, HEADS, found_with_weights, train
 
 from nnunetv2.federated.commands import coordinator
 from nnunetv2.federated.coordinator.storage.store import Store

@@ -9,39 +9,16 @@ import pytest
 import torch
 from fake_federation import in_threads, wait_until
 from federated_sites import run_of, weights_of
-from seeded_sites import Killed, Seeded, assert_same
+from seeded_sites import Seeded, assert_same
+from trained_sites import FINETUNED, HEADS, found_with_weights, train
 
-from nnunetv2.federated.coordinator.models.checkpoint_reader import write_weights
-from nnunetv2.federated.protocol.document import file_digest, open_document
+from nnunetv2.federated.protocol.document import open_document
 from nnunetv2.run.run_training import maybe_load_checkpoint
 from nnunetv2.training.nnUNetTrainer.variants.federated.nnUNetTrainerFedAvg import nnUNetTrainerAsymFedAvgOverlapped
 
 pytestmark = pytest.mark.slow
 
 RUN = "3d_fullres.fold_0.nnUNetTrainerAsymFedAvg"
-
-
-def train(make_sites, folder: str, *, dies_in_epoch=None, **settings) -> dict:
-    """Train at A and B, and return the trainers; B dies once, where that is wanted, and goes on with --c."""
-    sites = make_sites(folder=folder, **settings)
-    trainers = {}
-    for number, site in enumerate("AB"):
-        torch.manual_seed(number)
-        trainers[site] = sites.trainer(site, Seeded)
-    trainers["B"].dies_in_epoch = dies_in_epoch
-
-    def train_b():
-        try:
-            trainers["B"].run_training()
-        except Killed:
-            wait_until(lambda: not trainers["B"]._writer._thread)
-            trainers["B"] = sites.trainer("B", Seeded, go_on=True)
-            trainers["B"].run_training()
-
-    assert in_threads(trainers["A"].run_training, train_b) == [None, None]
-    trainers["records"] = sites.federation.state.store.load_rounds(run_of(trainers["A"]))
-    trainers["folder"] = sites.federation.state.store.folder
-    return trainers
 
 
 def apart(one, other) -> float:
@@ -73,9 +50,6 @@ def test_a_site_that_is_killed_within_a_round_is_pulled_to_what_the_round_began_
     settings = {"proximal": 5.0, "exchange_every": 3, "num_epochs": 4}
     undisturbed = train(make_sites, "undisturbed", **settings)
     assert_same(undisturbed, train(make_sites, "killed", dies_in_epoch=2, **settings))
-
-
-HEADS = ".seg_layers."
 
 
 @pytest.mark.parametrize("what", ["head", "norm"])
@@ -169,9 +143,6 @@ def test_a_name_that_no_tensor_has_is_refused(make_sites):
     assert all("--keep-local backbone: none of the tensors" in str(error) for error in errors), errors
 
 
-FINETUNED = "checkpoint_finetuned.pth"
-
-
 @pytest.mark.parametrize("dies_in_epoch", [1, 4], ids=["in a round", "while fine-tuning"])
 def test_fine_tuned_networks_are_the_same_after_a_kill_and_stay_beside_the_common_model(make_sites, dies_in_epoch):
     settings = {"finetune_epochs": 2, "proximal": 0.5}
@@ -227,18 +198,6 @@ def test_a_site_that_has_fine_tuned_after_a_stop_does_not_do_so_again(make_sites
     assert sites.run(once_more) == [None]
     for name, values in before.items():
         np.testing.assert_array_equal(weights_of(once_more, FINETUNED)[name], values, err_msg=name)
-
-
-def found_with_weights(folder: Path, source) -> dict:
-    """Return settings of a federation that starts from the weights of a trainer, and put these where it looks."""
-    folder.mkdir(parents=True)
-    checkpoint = folder / "weights.pth"
-    torch.save({"network_weights": source.network.state_dict(), "current_epoch": np.float64(3)}, checkpoint)
-    digest = file_digest(checkpoint)
-    target = folder / "federation" / "given" / f"{digest}.safetensors"
-    target.parent.mkdir(parents=True)
-    write_weights(checkpoint, target)
-    return {"initial_weights": digest}
 
 
 def test_all_sites_start_from_the_weights_that_the_operator_gives(make_sites, tmp_path):

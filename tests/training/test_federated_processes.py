@@ -15,6 +15,7 @@ import pytest
 import torch
 from fake_federation import make_settings, served, wait_until
 from patience import PATIENCE_S
+from site_processes import PROJECT, TRAINER, finish, fold_folder, start
 from tiny_dataset import NAME, make_configuration, make_plans, make_tiny_dataset
 
 from nnunetv2.federated.protocol import keys
@@ -23,8 +24,6 @@ from nnunetv2.run.run_training import find_free_network_port
 
 pytestmark = pytest.mark.slow
 
-PROJECT = Path(__file__).resolve().parents[2]
-TRAINER = "nnUNetTrainerAsymFedAvg"
 
 # Two processes whose group loses patience after 15 s; the first one has to wait for longer.
 LISTENERS = """
@@ -108,57 +107,6 @@ def end_here(trainer, outputs):
 {TRAINER}.on_train_epoch_end = end_here
 run_training_entry()
 """
-
-
-def start(
-    federation,
-    folder: Path,
-    site: str,
-    configuration: str,
-    fold: str,
-    *options: str,
-    code: str | None = None,
-    trainer: str = TRAINER,
-) -> subprocess.Popen:
-    """Start the training of a fold at a site, as people do, or with other code."""
-    federation.credential(site)
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "nnUNet_n_proc_DA": "0",
-        "nnUNet_def_n_proc": "1",
-        "nnUNet_fed_site": str(federation.state.store.folder / f"credential.{site}.json"),
-        **{root: str(folder / site / root) for root in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")},
-    }
-    command = [
-        sys.executable,
-        *(("-m", "nnunetv2.run.run_training") if code is None else ("-c", code)),
-        "998",
-        configuration,
-        fold,
-        "-tr",
-        trainer,
-        "-device",
-        "cpu",
-        *options,
-    ]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=PROJECT, env=environment
-    )
-
-
-def finish(*processes: subprocess.Popen) -> None:
-    try:
-        outputs = [process.communicate(timeout=2 * PATIENCE_S)[0] for process in processes]  # of a whole training
-    finally:
-        for process in processes:
-            process.kill()  # if it hangs, or another one does
-    for process, output in zip(processes, outputs):
-        assert process.returncode == 0, output[-3000:]
-
-
-def fold_folder(folder: Path, site: str, configuration: str, fold: int | str, trainer: str = TRAINER) -> Path:
-    return folder / site / "nnUNet_results" / NAME / f"{trainer}__nnUNetPlans__{configuration}" / f"fold_{fold}"
 
 
 def assert_one_network(folder: Path, configuration: str, fold: int | str) -> None:
