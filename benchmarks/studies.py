@@ -116,8 +116,8 @@ def _cord_task(left_out: str) -> Task:
         file_ending=".nii.gz",
         scans=lambda data: spinal_cord(data, left_out),
         configuration="2d",
-        epochs=25,
-        iterations=20,
+        epochs=40,
+        iterations=25,
         network=SMALL_2D,
     )
 
@@ -131,8 +131,8 @@ TASKS: Mapping[str, Task] = {
         file_ending=".png",
         scans=breast_ultrasound,
         configuration="2d",
-        epochs=25,
-        iterations=20,
+        epochs=40,
+        iterations=25,
         network=SMALL_2D,
     ),
     "hippocampus": Task(
@@ -143,8 +143,8 @@ TASKS: Mapping[str, Task] = {
         file_ending=".nii.gz",
         scans=hippocampus,
         configuration="3d_fullres",
-        epochs=25,
-        iterations=20,
+        epochs=40,
+        iterations=30,
         network={
             "batch_size": 2,
             "patch_size": [24, 32, 24],
@@ -159,8 +159,8 @@ TASKS: Mapping[str, Task] = {
         file_ending=".png",
         scans=retina,
         configuration="2d",
-        epochs=25,
-        iterations=20,
+        epochs=40,
+        iterations=25,
         network=SMALL_2D,
         copies_images=True,
     ),
