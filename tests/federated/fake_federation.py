@@ -13,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from fake_engine import Gateways
@@ -225,6 +226,13 @@ def wait_until(condition: Callable[[], object], timeout_s: float = PATIENCE_S) -
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+def validations_of(store: Store, run: str) -> list[dict[str, Any]]:
+    """Return the validations of a run; wait for that of its last round, for which no site does."""
+    last = store.load_rounds(run)[-1]["round"]
+    wait_until(lambda: last in [one["round"] for one in store.load_validations(run)])
+    return store.load_validations(run)
 
 
 # ---------------------------------------------------------------------------------------- coordinator in a process

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_federation import make_settings, served, wait_until
+from fake_federation import make_settings, served, validations_of, wait_until
 from patience import PATIENCE_S
 from site_processes import PROJECT, TRAINER, finish, fold_folder, start
 from tiny_dataset import NAME, make_configuration, make_plans, make_tiny_dataset
@@ -131,7 +131,7 @@ def test_a_site_with_two_processes_takes_part_like_any_other(federation, tmp_pat
     assert_one_network(tmp_path, "3d_fullres", 0)
     run = f"3d_fullres.fold_0.{TRAINER}"
     assert [set(record["sites"]) for record in federation.state.store.load_rounds(run)] == [{"A", "B"}] * 2
-    assert [set(record["dice_of_site"]) for record in federation.state.store.load_validations(run)] == [{"A", "B"}] * 2
+    assert [set(record["dice_of_site"]) for record in validations_of(federation.state.store, run)] == [{"A", "B"}] * 2
     (log,) = fold_folder(tmp_path, "A", "3d_fullres", 0).glob("training_log_*.txt")
     assert log.read_text().count("Round 1:") == 1
 

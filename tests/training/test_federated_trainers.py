@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from fake_federation import in_threads, wait_until
+from fake_federation import in_threads, validations_of, wait_until
 from federated_sites import assert_equal_weights, run_of, weights_of
 from patience import PATIENCE_S
 from tiny_dataset import NAME
@@ -46,7 +46,7 @@ def test_every_aggregate_is_validated_by_all(make_sites, tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_fed_allow", str(allowed))
     assert sites.run(*trainers) == [None, None]
     assert_equal_weights(*trainers)
-    found = sites.federation.state.store.load_validations(run_of(trainers[0]))
+    found = validations_of(sites.federation.state.store, run_of(trainers[0]))
     assert [record["round"] for record in found] == [0, 1, 2]
     assert found[2]["dice_of_site"].keys() == {"A", "B"} and found[2]["best_round"] is not None
     for trainer in trainers:
@@ -293,7 +293,7 @@ def test_exchanges_may_overlap_with_training(make_sites):
     assert_equal_weights(*trainers)
     rounds = sites.federation.state.store.load_rounds(run_of(trainers[0]))
     assert [set(record["sites"]) for record in rounds] == [{"A", "B"}] * 4
-    found = sites.federation.state.store.load_validations(run_of(trainers[0]))
+    found = validations_of(sites.federation.state.store, run_of(trainers[0]))
     assert [record["round"] for record in found] == [0, 1, 2, 3]
     name = next(iter(weights_of(trainers[0])))
     final = (sent["A", 3][name] + sent["B", 3][name]) / 2  # both have two cases
@@ -349,7 +349,7 @@ def test_a_training_goes_on_within_a_round(make_sites):
     rounds = sites.federation.state.store.load_rounds(run_of(again))
     assert [set(record["sites"]) for record in rounds] == [{"A", "B"}] * 3
     assert {record["settings"]["exchange_every"] for record in rounds} == {2}
-    found = sites.federation.state.store.load_validations(run_of(again))
+    found = validations_of(sites.federation.state.store, run_of(again))
     assert [record["round"] for record in found] == [0, 1, 2]
 
 

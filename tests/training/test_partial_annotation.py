@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_federation import in_threads, wait_until
+from fake_federation import in_threads, validations_of, wait_until
 from federated_sites import run_of, weights_of
 from seeded_sites import Killed, Seeded
 from tiny_dataset import make_dataset_json
@@ -127,7 +127,7 @@ def test_a_class_is_averaged_over_its_annotators_and_everybody_predicts_it(make_
     dice = {site: trainers[site].logger.get_value("dice_per_class_or_region", step=-1) for site in FOUR}
     assert np.isnan(dice["A"][1]) and not np.isnan(dice["A"][0])
     assert np.isnan(dice["C"][0]) and not np.isnan(dice["C"][1])
-    pooled = trainers["federation"].state.store.load_validations(run_of(trainers["A"]))[-1]
+    pooled = validations_of(trainers["federation"].state.store, run_of(trainers["A"]))[-1]
     assert None not in pooled["dice"]
     assert pooled["dice_of_site"]["A"][1] is None
 
@@ -190,7 +190,7 @@ def test_the_floor_holds_for_a_class(make_sites):
     assert not np.any(weights_of(trainers["A"])[HEAD_WEIGHT][2])
     assert any("The classes [2] are not annotated here" in line for line in trainers["A"].lines)
     assert any("'core'" in line and "no common model" in line for line in trainers["B"].lines)
-    pooled = trainers["federation"].state.store.load_validations(run_of(trainers["A"]))[-1]
+    pooled = validations_of(trainers["federation"].state.store, run_of(trainers["A"]))[-1]
     assert pooled["dice"][0] is not None
     assert pooled["dice"][1] is None  # that would be the score of one site
 
@@ -242,14 +242,14 @@ def test_masked_sums_are_those_of_the_annotators(make_sites):
     assert_one_model(masked, five)
     for tensor, values in weights_of(clear["A"]).items():
         np.testing.assert_allclose(weights_of(masked["A"])[tensor], values, atol=2e-5, err_msg=tensor)
-    pooled = [one["federation"].state.store.load_validations(run_of(one["A"]))[-1]["dice"] for one in (clear, masked)]
+    pooled = [validations_of(one["federation"].state.store, run_of(one["A"]))[-1]["dice"] for one in (clear, masked)]
     np.testing.assert_allclose(*pooled, atol=0.02)
     assert None not in pooled[1]
 
 
 def test_counts_of_a_class_of_two_sites_stay_sealed_behind_masks(make_sites):
     trainers = train(make_sites, "", {"A": BLOB, "B": BOTH, "C": BOTH}, min_sites=3, secure=Secure(k=3))
-    pooled = trainers["federation"].state.store.load_validations(run_of(trainers["A"]))[-1]["dice"]
+    pooled = validations_of(trainers["federation"].state.store, run_of(trainers["A"]))[-1]["dice"]
     assert pooled[0] is not None and pooled[1] is None
     heads = {site: weights_of(trainers[site])[HEAD_BIAS] for site in "ABC"}
     assert heads["B"][2] != heads["C"][2]  # a sum of two is none
@@ -282,7 +282,7 @@ def test_sites_that_annotate_one_class_each_teach_each_other_both(make_sites):
     for labels in ("union", "equal"):
         annotated = five if labels == "union" else dict.fromkeys(five, BOTH)
         trainers = train(make_sites, labels, annotated, labels=labels, **lengths)
-        pooled = trainers["federation"].state.store.load_validations(run_of(trainers["A"]))[-1]
+        pooled = validations_of(trainers["federation"].state.store, run_of(trainers["A"]))[-1]
         dice[labels] = np.array(pooled["dice"])
     assert (dice["equal"] > 0.5).all(), dice
     assert (dice["union"] > 0.8 * dice["equal"]).all(), dice  # 0.90 and 0.93, after 150 iterations

@@ -104,7 +104,8 @@ class FederationState:
         self.obstacles: dict[str, Obstacle] = {}
         """Exchange -> why it could not be closed. Not on the disk: a restart tries again."""
         self._log = log
-        self._closing: set[str] = set()
+        self._closing: set[tuple[int, str]] = set()
+        """Threads, and the exchanges that they close. One may still leave an exchange when another comes to it."""
 
     @property
     def settings(self) -> FederationSettings:
@@ -150,11 +151,12 @@ class FederationState:
 
         So whoever is notified finds what follows from an outcome, too: the model of a run after its last round.
         """
-        self._closing.add(str(key))
+        closing = (threading.get_ident(), str(key))
+        self._closing.add(closing)
         try:
             yield
         finally:
-            self._closing.discard(str(key))
+            self._closing.discard(closing)
             self._notify([str(key)])
 
     def close(self, exchange: Exchange, digest: str, *, record: Mapping[str, Any] | None) -> None:
@@ -163,13 +165,16 @@ class FederationState:
         Args:
             record: What is to be remembered of a round or of a validation when its documents are gone.
         """
-        assert str(exchange.key) in self._closing, "close an exchange within `closing`, which notifies"
+        assert self._is_closing(exchange.key), "close an exchange within `closing`, which notifies"
         self.store.save_closing(exchange, digest, record=record)
         self.registry.put(exchange)
 
+    def _is_closing(self, key: Key) -> bool:
+        return (threading.get_ident(), str(key)) in self._closing
+
     def refuse(self, exchange: Exchange) -> None:
         """Refuse the contributions of an exchange, within `closing`."""
-        assert str(exchange.key) in self._closing, "refuse an exchange within `closing`, which notifies"
+        assert self._is_closing(exchange.key), "refuse an exchange within `closing`, which notifies"
         self.store.save_refusal(exchange)
         self.registry.put(exchange)
 

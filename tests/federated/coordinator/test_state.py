@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 from fake_federation import RUN, make_registration
 from frozen_federation import Federation
+from patience import PATIENCE_S
 
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.state import FederationState
-from nnunetv2.federated.exchanges.exchange import close_with
+from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.exchanges.exchange import close_with, refuse_with
 from nnunetv2.federated.protocol.api import FailureReport, SettingsChange
 from nnunetv2.federated.protocol.keys import RegistrationKey
 
@@ -86,3 +90,24 @@ def test_an_outcome_is_told_when_everything_that_follows_from_it_is_there(federa
     assert any("is closed" in line for line in lines)
     with pytest.raises(AssertionError, match="within `closing`"):
         federation.state.close(close_with(federation.state.registry.get(KEY), 1.0), "0" * 64, record=None)
+
+
+def test_a_thread_that_leaves_an_exchange_leaves_it_to_the_next(federation):
+    state, key = federation.state, RegistrationKey(RUN)
+    left, came = threading.Event(), threading.Event()
+
+    def close_in_vain():
+        with state.closing(key):
+            assert came.wait(PATIENCE_S)
+        left.set()
+
+    other = threading.Thread(target=close_in_vain)
+    other.start()
+    with state.closing(key):
+        came.set()
+        assert left.wait(PATIENCE_S)
+        state.refuse(refuse_with(state.registry.get(key), RefusedError("no", code="no"), federation.now))
+    other.join()
+    assert state.registry.get(key).refusal is not None
+    with pytest.raises(AssertionError, match="within `closing`"):
+        state.refuse(state.registry.get(key))
