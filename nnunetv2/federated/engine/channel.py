@@ -13,7 +13,7 @@ from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field
 
-from nnunetv2.federated.errors import WireError
+from nnunetv2.federated.errors import FederationError, WireError
 from nnunetv2.federated.protocol.api import Problem, Receipt, Waiting
 from nnunetv2.federated.protocol.messages import Count, Digest, Part, PublicKey, Text
 from nnunetv2.federated.protocol.strict_json import decode_json, encode_json
@@ -132,3 +132,18 @@ def decode_frame(model: type[Head], frame: bytes | bytearray | memoryview) -> tu
     if len(view) < LENGTH_BYTES + size or size > LARGEST_JSON or len(content) > PIECE_BYTES:
         raise WireError(f"a frame of {len(view)} bytes, of which {size} are to be JSON, is none of the engine's")
     return decode_json(model, bytes(view[LENGTH_BYTES : LENGTH_BYTES + size])), content
+
+
+def check_origins(*, is_secure: bool, allows_adhoc: bool) -> None:
+    """Refuse a network in which the origin of a message does not prove who has sent it.
+
+    Raises:
+        FederationError: The network runs without certificates, or lets jobs connect past its server.
+    """
+    if not is_secure:
+        raise FederationError("this NVFlare network runs without certificates, so nobody is who he says: provision it")
+    if allows_adhoc:
+        raise FederationError(
+            "this NVFlare network allows ad-hoc connections, which go past the check of who sends a message: remove "
+            "allow_adhoc_conns from comm_config.json"
+        )

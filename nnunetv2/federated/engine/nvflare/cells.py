@@ -17,7 +17,7 @@ from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey, ReturnCode
 from nvflare.fuel.f3.cellnet.fqcn import FQCN
 from nvflare.fuel.f3.cellnet.utils import make_reply, new_cell_message
 
-from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.engine.channel import check_origins
 
 CHANNEL = "nnunet_federated"
 ASK, CHANGED = "ask", "changed"
@@ -132,10 +132,4 @@ def sites_of(clients: Iterable[Any]) -> dict[str, str]:
 
 def check_is_safe(cell: Any, *, is_secure: bool) -> None:
     """Raise FederationError unless the origin of a message proves who has sent it."""
-    if not is_secure:
-        raise FederationError("this NVFlare network runs without certificates, so nobody is who he says: provision it")
-    if cell.core_cell.connector_manager.adhoc_allowed:
-        raise FederationError(
-            "this NVFlare network allows ad-hoc connections, which go past the check of who sends a message: remove "
-            "allow_adhoc_conns from comm_config.json"
-        )
+    check_origins(is_secure=is_secure, allows_adhoc=bool(cell.core_cell.connector_manager.adhoc_allowed))
