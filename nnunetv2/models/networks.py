@@ -35,25 +35,38 @@ def build_network(
     """Call a trainer's `build_network_architecture`, whose parameters tell which generation it is of."""
     names = inspect.signature(builder).parameters
     if "plans_manager" in names and "dataset_json" in names:  # before 2.3; finds the number of outputs by itself
-        return builder(plans_manager, dataset_json, configuration_manager, num_input_channels, enable_deep_supervision)
+        arguments = (plans_manager, dataset_json, configuration_manager, num_input_channels)
+        return _call_builder(builder, *arguments, enable_deep_supervision=enable_deep_supervision)
     if "plans_manager" in names:
-        return builder(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
+        arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
+        return _call_builder(builder, *arguments, enable_deep_supervision=enable_deep_supervision)
     warnings.warn(
         "build_network_architecture(architecture_class_name, arch_init_kwargs, ...) is deprecated; use the signature "
         "(plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)",
         DeprecationWarning,
         stacklevel=2,
     )
-    return builder(
+    return _call_builder(
+        builder,
         configuration_manager.network_arch_class_name,
         configuration_manager.network_arch_init_kwargs,
         configuration_manager.network_arch_init_kwargs_req_import,
         num_input_channels,
         num_output_channels,
-        enable_deep_supervision,
+        enable_deep_supervision=enable_deep_supervision,
     )
+
+
+def _call_builder(builder: Callable[..., nn.Module], *arguments: object, enable_deep_supervision: bool) -> nn.Module:
+    """Call a builder with its last argument by name, as release 2.8.1 does to predict.
+
+    By position, as it does to train, if the parameter has another name.
+    """
+    try:
+        inspect.signature(builder).bind(*arguments, enable_deep_supervision=enable_deep_supervision)
+    except TypeError:
+        return builder(*arguments, enable_deep_supervision)
+    return builder(*arguments, enable_deep_supervision=enable_deep_supervision)
 
 
 def bare_network(network: nn.Module) -> nn.Module:
