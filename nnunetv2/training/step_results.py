@@ -83,4 +83,5 @@ def fetch(outputs: Sequence[Any]) -> list[Any]:
         return outputs
     names = [name for name, value in outputs[0].items() if isinstance(value, PendingArray)]
     fetched = {name: torch.stack([output[name].tensor for output in outputs]).cpu().numpy() for name in names}
-    return [{**output, **{name: fetched[name][i] for name in names}} for i, output in enumerate(outputs)]
+    # With the ellipsis, single numbers stay arrays, as they are on a CPU.
+    return [{**output, **{name: fetched[name][i, ...] for name in names}} for i, output in enumerate(outputs)]

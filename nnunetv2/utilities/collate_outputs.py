@@ -25,7 +25,7 @@ def _collate(key: object, values: list) -> list | np.ndarray:
     if np.isscalar(first):
         return values
     if isinstance(first, np.ndarray):
-        return np.stack(values)
+        return np.vstack([value[None] for value in values])  # single numbers, such as a loss, become (steps, 1)
     if isinstance(first, list):
         return [entry for value in values for entry in value]
     raise ValueError(f"cannot collate {key!r} of type {type(first).__name__}: use numbers, NumPy arrays or lists")
