@@ -34,37 +34,29 @@ def build_network(
 ) -> nn.Module:
     """Call a trainer's `build_network_architecture`, whose parameters tell which generation it is of."""
     names = inspect.signature(builder).parameters
+    arguments: tuple[object, ...]
     if "plans_manager" in names and "dataset_json" in names:  # before 2.3; finds the number of outputs by itself
         arguments = (plans_manager, dataset_json, configuration_manager, num_input_channels)
-        return _call_builder(builder, *arguments, enable_deep_supervision=enable_deep_supervision)
-    if "plans_manager" in names:
+    elif "plans_manager" in names:
         arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
-        return _call_builder(builder, *arguments, enable_deep_supervision=enable_deep_supervision)
-    warnings.warn(
-        "build_network_architecture(architecture_class_name, arch_init_kwargs, ...) is deprecated; use the signature "
-        "(plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return _call_builder(
-        builder,
-        configuration_manager.network_arch_class_name,
-        configuration_manager.network_arch_init_kwargs,
-        configuration_manager.network_arch_init_kwargs_req_import,
-        num_input_channels,
-        num_output_channels,
-        enable_deep_supervision=enable_deep_supervision,
-    )
-
-
-def _call_builder(builder: Callable[..., nn.Module], *arguments: object, enable_deep_supervision: bool) -> nn.Module:
-    """Call a builder with its last argument by name, as release 2.8.1 does to predict.
-
-    By position, as it does to train, if the parameter has another name.
-    """
-    try:
+    else:
+        warnings.warn(
+            "build_network_architecture(architecture_class_name, arch_init_kwargs, ...) is deprecated; use the "
+            "signature (plans_manager, configuration_manager, num_input_channels, num_output_channels, "
+            "enable_deep_supervision)",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        arguments = (
+            configuration_manager.network_arch_class_name,
+            configuration_manager.network_arch_init_kwargs,
+            configuration_manager.network_arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+        )
+    try:  # by name, as release 2.8.1 does to predict
         inspect.signature(builder).bind(*arguments, enable_deep_supervision=enable_deep_supervision)
-    except TypeError:
+    except TypeError:  # by position, as it does to train: the parameter has another name
         return builder(*arguments, enable_deep_supervision)
     return builder(*arguments, enable_deep_supervision=enable_deep_supervision)
 

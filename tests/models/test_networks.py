@@ -50,8 +50,8 @@ def test_deep_supervision_is_named_for_builders_with_more_parameters():
     def keyword_only(plans_manager, configuration_manager, num_input, num_output, *, enable_deep_supervision):
         return plans_manager, configuration_manager, num_input, num_output, enable_deep_supervision
 
-    def with_another_before(plans_manager, configuration, num_input, num_output, width=8, enable_deep_supervision=False):
-        return plans_manager, configuration, num_input, num_output, width, enable_deep_supervision
+    def with_another_before(plans_manager, configuration, num_in, num_out, width=8, enable_deep_supervision=False):
+        return plans_manager, configuration, num_in, num_out, width, enable_deep_supervision
 
     def open_ended(plans_manager, configuration_manager, num_input, num_output, **others):
         return plans_manager, configuration_manager, num_input, num_output, others
