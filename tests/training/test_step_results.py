@@ -25,6 +25,13 @@ def test_the_results_of_an_epoch_are_fetched_together():
     np.testing.assert_array_equal(collate_outputs(fetched)["loss"], [[0], [1], [2]])
 
 
+def test_a_training_loop_of_somebody_else_may_collate_results_as_steps_return_them():
+    outputs = [{"loss": PendingArray(torch.tensor(float(i))), "tp_hard": PendingArray(torch.ones(2))} for i in range(3)]
+    collated = collate_outputs(outputs)
+    assert type(collated["loss"]) is np.ndarray and collated["loss"].tolist() == [[0], [1], [2]]
+    assert collated["tp_hard"].shape == (3, 2)
+
+
 def test_what_a_step_of_somebody_else_returns_is_left_alone():
     assert fetch([None, None]) == [None, None] and fetch([]) == []
     assert latest_loss([]) is None and latest_loss([None]) is None and latest_loss([{"loss": [1, 2]}]) is None
