@@ -25,6 +25,26 @@ def test_the_results_of_an_epoch_are_fetched_together():
     np.testing.assert_array_equal(collate_outputs(fetched)["loss"], [[0], [1], [2]])
 
 
+def test_a_pending_array_can_be_changed_in_place():
+    counts = kept = PendingArray(torch.tensor([1.0, 2.0]))
+    counts[0] = 5
+    counts += np.ones(2)
+    np.testing.assert_array_equal(counts, [6, 3])
+    np.testing.assert_array_equal(kept, [6, 3])
+    assert fetch([{"tp": kept}])[0]["tp"].tolist() == [6, 3]
+
+
+def test_steps_need_not_all_return_the_same():
+    outputs = [
+        {"loss": PendingArray(torch.tensor(1.0))},
+        {"loss": np.array(2.0)},
+        {"loss": PendingArray(torch.ones(1))},
+    ]
+    assert [output["loss"].tolist() for output in fetch(outputs)] == [1, 2, [1]]
+    assert all(type(output["loss"]) is np.ndarray for output in fetch(outputs))
+    assert fetch([{"loss": PendingArray(torch.tensor(1.0))}, None])[1] is None
+
+
 def test_a_training_loop_of_somebody_else_may_collate_results_as_steps_return_them():
     outputs = [{"loss": PendingArray(torch.tensor(float(i))), "tp_hard": PendingArray(torch.ones(2))} for i in range(3)]
     collated = collate_outputs(outputs)
