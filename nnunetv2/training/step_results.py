@@ -51,6 +51,9 @@ class PendingArray(np.lib.mixins.NDArrayOperatorsMixin):
     def __len__(self) -> int:
         return len(self.tensor)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.asarray, (np.asarray(self),)  # another process may not reach this GPU
+
     def __float__(self) -> float:
         return float(np.asarray(self))
 

@@ -1,3 +1,6 @@
+import pickle
+from copy import deepcopy
+
 import numpy as np
 import torch
 
@@ -32,6 +35,13 @@ def test_a_pending_array_can_be_changed_in_place():
     np.testing.assert_array_equal(counts, [6, 3])
     np.testing.assert_array_equal(kept, [6, 3])
     assert fetch([{"tp": kept}])[0]["tp"].tolist() == [6, 3]
+
+
+def test_other_processes_and_copies_get_plain_arrays():
+    sent = pickle.loads(pickle.dumps(PendingArray(torch.tensor([1.0, 2.0]))))
+    copied = deepcopy(PendingArray(torch.tensor(0.5)))
+    assert type(sent) is np.ndarray and sent.tolist() == [1, 2]
+    assert type(copied) is np.ndarray and copied.shape == () and copied == 0.5
 
 
 def test_steps_need_not_all_return_the_same():
