@@ -100,6 +100,7 @@ class nnUNetPredictor:
         self.label_manager: LabelManager = _LATER
         self._batched_network: nn.Module = _LATER
         self._budget: ForwardBudget | None = None
+        self._budget_basis: tuple[torch.device, int] | None = None  # what it was made for
         self._is_device_full = False  # for the current case, which the CPU predicts then
 
     # Models
@@ -675,8 +676,9 @@ class nnUNetPredictor:
         """
         if self.network is None or self.network is not self._batched_network:
             return ForwardBudget(0)
-        if self._budget is None:
-            self._budget = budget_for(self.device, self.label_manager.num_segmentation_heads)
+        basis = (self.device, self.label_manager.num_segmentation_heads)
+        if self._budget is None or self._budget_basis != basis:
+            self._budget, self._budget_basis = budget_for(*basis), basis
         return self._budget
 
     def _uses_own_tiles(self) -> bool:

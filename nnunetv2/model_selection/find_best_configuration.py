@@ -105,7 +105,8 @@ def find_best_configuration(
         allow_ensembling: Consider pairs, too; needs the probabilities of all validation cases.
         overwrite: If False, what earlier calls accumulated and ensembled is used again.
         folds: Those that were trained.
-        strict: Every candidate must exist; otherwise those whose configuration the plans do not have are left out.
+        strict: Not needed; kept because callers pass it. Candidates whose configuration the plans do not have are left
+            out; all others must exist.
 
     Returns:
         The content of inference_information.json.
@@ -115,8 +116,6 @@ def find_best_configuration(
     """
     dataset = maybe_convert_to_dataset_name(dataset_name_or_id)
     models = filter_available_models(allowed_trained_models, dataset)
-    if strict and len(models) < len(allowed_trained_models):
-        raise RuntimeError(f"{len(allowed_trained_models) - len(models)} candidates are not in their plans (strict)")
     if not models:
         raise RuntimeError(f"none of the configurations is in the plans of {dataset}; name others (-c, -p)")
     candidates = _score_models(dataset, models, folds, num_processes, overwrite)
@@ -235,7 +234,6 @@ def find_best_configuration_entry_point() -> None:
             num_processes=args.np,
             overwrite=not args.no_overwrite,
             folds=args.f,
-            strict=False,
         )
 
     run_command(find)

@@ -34,26 +34,31 @@ def build_network(
 ) -> nn.Module:
     """Call a trainer's `build_network_architecture`, whose parameters tell which generation it is of."""
     names = inspect.signature(builder).parameters
+    arguments: tuple[object, ...]
     if "plans_manager" in names and "dataset_json" in names:  # before 2.3; finds the number of outputs by itself
-        return builder(plans_manager, dataset_json, configuration_manager, num_input_channels, enable_deep_supervision)
-    if "plans_manager" in names:
-        return builder(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        arguments = (plans_manager, dataset_json, configuration_manager, num_input_channels)
+    elif "plans_manager" in names:
+        arguments = (plans_manager, configuration_manager, num_input_channels, num_output_channels)
+    else:
+        warnings.warn(
+            "build_network_architecture(architecture_class_name, arch_init_kwargs, ...) is deprecated; use the "
+            "signature (plans_manager, configuration_manager, num_input_channels, num_output_channels, "
+            "enable_deep_supervision)",
+            DeprecationWarning,
+            stacklevel=2,
         )
-    warnings.warn(
-        "build_network_architecture(architecture_class_name, arch_init_kwargs, ...) is deprecated; use the signature "
-        "(plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)",
-        DeprecationWarning,
-        stacklevel=2,
-    )
-    return builder(
-        configuration_manager.network_arch_class_name,
-        configuration_manager.network_arch_init_kwargs,
-        configuration_manager.network_arch_init_kwargs_req_import,
-        num_input_channels,
-        num_output_channels,
-        enable_deep_supervision,
-    )
+        arguments = (
+            configuration_manager.network_arch_class_name,
+            configuration_manager.network_arch_init_kwargs,
+            configuration_manager.network_arch_init_kwargs_req_import,
+            num_input_channels,
+            num_output_channels,
+        )
+    try:  # by name, as release 2.8.1 does to predict
+        inspect.signature(builder).bind(*arguments, enable_deep_supervision=enable_deep_supervision)
+    except TypeError:  # by position, as it does to train: the parameter has another name
+        return builder(*arguments, enable_deep_supervision)
+    return builder(*arguments, enable_deep_supervision=enable_deep_supervision)
 
 
 def bare_network(network: nn.Module) -> nn.Module:

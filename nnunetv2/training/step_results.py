@@ -22,14 +22,20 @@ class PendingArray(np.lib.mixins.NDArrayOperatorsMixin):
         self.tensor = tensor.detach()
         self._fetched: np.ndarray | None = None
 
+    @property
+    def is_pending(self) -> bool:
+        """Whether nobody has read it so far."""
+        return self._fetched is None
+
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if self._fetched is None:
             self._fetched = self.tensor.cpu().numpy()
         return self._fetched.astype(dtype) if dtype is not None else self._fetched
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
-        arrays = [np.asarray(value) if isinstance(value, PendingArray) else value for value in inputs]
-        return getattr(ufunc, method)(*arrays, **options)
+        if "out" in options:  # as in `counts += 1`
+            options["out"] = tuple(map(_plain, options["out"]))
+        return getattr(ufunc, method)(*map(_plain, inputs), **options)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -39,8 +45,14 @@ class PendingArray(np.lib.mixins.NDArrayOperatorsMixin):
     def __getitem__(self, index: Any) -> Any:
         return np.asarray(self)[index]
 
+    def __setitem__(self, index: Any, value: Any) -> None:
+        np.asarray(self)[index] = value
+
     def __len__(self) -> int:
         return len(self.tensor)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.asarray, (np.asarray(self),)  # another process may not reach this GPU
 
     def __float__(self) -> float:
         return float(np.asarray(self))
@@ -79,8 +91,23 @@ def fetch(outputs: Sequence[Any]) -> list[Any]:
     It waits for the GPU once per kind of result.
     """
     outputs = list(outputs)
-    if not outputs or not isinstance(outputs[0], dict):
-        return outputs
-    names = [name for name, value in outputs[0].items() if isinstance(value, PendingArray)]
-    fetched = {name: torch.stack([output[name].tensor for output in outputs]).cpu().numpy() for name in names}
-    return [{**output, **{name: fetched[name][i] for name in names}} for i, output in enumerate(outputs)]
+    steps = [output for output in outputs if isinstance(output, dict)]
+    alike = [name for name in (steps[0] if steps else ()) if _are_alike([output.get(name) for output in steps])]
+    fetched = {name: torch.stack([output[name].tensor for output in steps]).cpu().numpy() for name in alike}
+    # With the ellipsis, single numbers stay arrays, as they are on a CPU.
+    plain = iter(
+        {name: fetched[name][i, ...] if name in fetched else _plain(value) for name, value in output.items()}
+        for i, output in enumerate(steps)
+    )
+    return [next(plain) if isinstance(output, dict) else output for output in outputs]
+
+
+def _are_alike(values: Sequence[Any]) -> bool:
+    """Tell whether all are pending and of one shape, so that they can be fetched together."""
+    return all(isinstance(value, PendingArray) and value.is_pending for value in values) and (
+        len({value.tensor.shape for value in values}) == 1
+    )
+
+
+def _plain(value: Any) -> Any:
+    return np.asarray(value) if isinstance(value, PendingArray) else value

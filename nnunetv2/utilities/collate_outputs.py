@@ -24,8 +24,9 @@ def _collate(key: object, values: list) -> list | np.ndarray:
     first = values[0]
     if np.isscalar(first):
         return values
-    if isinstance(first, np.ndarray):
-        return np.stack(values)
+    if isinstance(first, (np.ndarray, np.lib.mixins.NDArrayOperatorsMixin)):  # the latter: arrays still on a GPU
+        # Single numbers, such as a loss, become (steps, 1).
+        return np.vstack([np.asarray(value)[None] for value in values])
     if isinstance(first, list):
         return [entry for value in values for entry in value]
     raise ValueError(f"cannot collate {key!r} of type {type(first).__name__}: use numbers, NumPy arrays or lists")

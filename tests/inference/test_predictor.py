@@ -13,7 +13,9 @@ import torch
 from tiny_models import write_model
 
 from nnunetv2.inference import predict_from_raw_data as public
+from nnunetv2.inference.forward_budget import ForwardBudget
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.plans.label_manager import LabelManager
 
 MODEL_FILES = ["dataset.json", "plans.json", "predict_from_raw_data_args.json"]
 
@@ -243,6 +245,23 @@ def test_a_network_put_in_the_place_of_ours_gets_batches_of_one(make_predictor):
     predictor.network = Exported()
     logits = predictor.predict_sliding_window_return_logits(image)
     torch.testing.assert_close(logits[0].float(), image[0], atol=5e-3, rtol=2e-3)
+
+
+def test_a_predictor_that_changes_its_device_or_model_gets_batches_of_another_size(make_predictor, monkeypatch):
+    made = []
+
+    def budget_for(device, num_classes):
+        made.append((device.type, num_classes))
+        return ForwardBudget(0)
+
+    monkeypatch.setattr("nnunetv2.inference.predictor.budget_for", budget_for)
+    predictor = make_predictor()
+    for device in ("cpu", "cpu", "meta"):
+        predictor.device = torch.device(device)
+        predictor._current_budget()
+    predictor.label_manager = LabelManager({"background": 0, "liver": 1}, None)
+    predictor._current_budget()
+    assert made == [("cpu", 3), ("meta", 3), ("meta", 2)]
 
 
 def test_the_patch_size_may_be_edited(make_predictor):

@@ -38,7 +38,8 @@ def test_all_combinations_trainers_first():
 
 def test_the_best_of_single_models(roots, capsys):
     results = make_trained_models(roots, configurations={"2d": 3.0, "3d_fullres": 0.3}, planned=["2d", "3d_fullres"])
-    found = module.find_best_configuration(NAME, allow_ensembling=False, num_processes=1, folds=(0, 1))
+    # As in the release, `strict` does not ask for configurations that the plans do not have.
+    found = module.find_best_configuration(NAME, allow_ensembling=False, num_processes=1, folds=(0, 1), strict=True)
     best = found["best_model_or_ensemble"]
     assert best["selected_model_or_models"] == [
         {"configuration": "3d_fullres", "plans_identifier": "nnUNetPlans", "trainer": "nnUNetTrainer"}

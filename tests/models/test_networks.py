@@ -46,6 +46,21 @@ def test_builders_of_all_generations_are_called_with_their_own_arguments():
         assert build(legacy) == ["some.Net", {"n_stages": 2}, ["conv_op"], 1, 3, True]
 
 
+def test_deep_supervision_is_named_for_builders_with_more_parameters():
+    def keyword_only(plans_manager, configuration_manager, num_input, num_output, *, enable_deep_supervision):
+        return plans_manager, configuration_manager, num_input, num_output, enable_deep_supervision
+
+    def with_another_before(plans_manager, configuration, num_in, num_out, width=8, enable_deep_supervision=False):
+        return plans_manager, configuration, num_in, num_out, width, enable_deep_supervision
+
+    def open_ended(plans_manager, configuration_manager, num_input, num_output, **others):
+        return plans_manager, configuration_manager, num_input, num_output, others
+
+    assert build(keyword_only) == ["plans", "configuration", 1, 3, True]
+    assert build(with_another_before) == ["plans", "configuration", 1, 3, 8, True]
+    assert build(open_ended) == ["plans", "configuration", 1, 3, {"enable_deep_supervision": True}]
+
+
 class Aliased(nn.Module):
     def __init__(self):
         super().__init__()

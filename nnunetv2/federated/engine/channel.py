@@ -135,7 +135,7 @@ def decode_frame(model: type[Head], frame: bytes | bytearray | memoryview) -> tu
 
 
 def check_origins(*, is_secure: bool, allows_adhoc: bool) -> None:
-    """Refuse a network in which the origin of a message does not prove who has sent it.
+    """Refuse a network whose messages do not prove their sender.
 
     Raises:
         FederationError: The network runs without certificates, or lets jobs connect past its server.
