@@ -10,7 +10,8 @@ import numpy as np
 def collate_outputs(outputs: Sequence[dict]) -> dict:
     """Merge dicts with equal keys into one.
 
-    Numbers to a list, arrays to one array with a new first axis, lists joined.
+    Numbers to a list, arrays to one array with a new first axis, lists joined. Arrays without an axis, such as losses,
+    become a column `(n, 1)`.
 
     The first dict decides the keys and their types.
 
@@ -25,7 +26,7 @@ def _collate(key: object, values: list) -> list | np.ndarray:
     if np.isscalar(first):
         return values
     if isinstance(first, np.ndarray):
-        return np.stack(values)
+        return np.vstack([value[None] for value in values])
     if isinstance(first, list):
         return [entry for value in values for entry in value]
     raise ValueError(f"cannot collate {key!r} of type {type(first).__name__}: use numbers, NumPy arrays or lists")
