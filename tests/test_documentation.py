@@ -51,7 +51,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     module, function = commands()[command].split(":")
     entry = getattr(importlib.import_module(f"nnunetv2.{module}"), function)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Found) as found:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr(argparse.ArgumentParser, "parse_known_args", stop)  # which `parse_args` calls
         entry()
     return found.value.args[0]
 

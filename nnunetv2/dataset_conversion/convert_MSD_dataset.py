@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from argparse import ArgumentParser
@@ -37,7 +38,8 @@ def convert_msd_dataset(
     """
     from nnunetv2.dataset_conversion.new_dataset import building_dataset
 
-    source = Path(source_folder).resolve()  # -i . within the folder
+    # Absolute for -i . within the folder; a link keeps its name, which says what the task is.
+    source = Path(os.path.abspath(source_folder))  # noqa: PTH100  resolve() follows links
     task_id, name = parse_task_name(source)
     target_id = task_id if overwrite_target_id is None else overwrite_target_id
     dataset_json = convert_dataset_json(source / "dataset.json")

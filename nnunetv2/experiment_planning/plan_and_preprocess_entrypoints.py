@@ -3,10 +3,13 @@ nnUNetv2_preprocess."""
 
 from __future__ import annotations
 
+import logging
 from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Sequence
 
 from nnunetv2.utilities.command_line import dataset_argument, run_command
+
+logger = logging.getLogger(__name__)
 
 _BY_MACHINE = "Default: as many as the machine has cores and free memory for."
 CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres")
@@ -81,7 +84,7 @@ def plan_and_preprocess_main(argv: Sequence[str] | None = None) -> None:
 
 
 def extract_fingerprint_main(argv: Sequence[str] | None = None) -> None:
-    arguments = build_extract_fingerprint_parser().parse_args(argv)
+    arguments = _parse_what_is_known(build_extract_fingerprint_parser(), argv)
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints
 
     extract_fingerprints(
@@ -97,15 +100,26 @@ def extract_fingerprint_main(argv: Sequence[str] | None = None) -> None:
 
 
 def plan_experiment_main(argv: Sequence[str] | None = None) -> None:
-    arguments = build_plan_experiment_parser().parse_args(argv)
+    arguments = _parse_what_is_known(build_plan_experiment_parser(), argv)
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 
     plan_experiments(arguments.d, arguments.pl, **_planning_keywords(arguments))
 
 
 def preprocess_main(argv: Sequence[str] | None = None) -> None:
-    arguments = build_preprocess_parser().parse_args(argv)
+    arguments = _parse_what_is_known(build_preprocess_parser(), argv)
     _preprocess(arguments.d, arguments.plans_name, arguments, without_bad_cases=arguments.without_bad_cases)
+
+
+def _parse_what_is_known(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """Parse a command line, and warn of options that the command does not know.
+
+    Scripts pass the options of one command to the others, which have always gone on without them.
+    """
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        logger.warning("%s does not know %s and goes on without", parser.prog, " ".join(unknown))
+    return arguments
 
 
 def _planning_keywords(arguments: Namespace) -> dict:

@@ -565,7 +565,8 @@ def _run(
     """Load what is to be loaded, train, validate."""
     from nnunetv2.models.checkpoint_file import BEST
 
-    trainer.disable_checkpointing = disable_checkpointing
+    if disable_checkpointing:  # a trainer may say so by itself
+        trainer.disable_checkpointing = True
     if not only_run_validation:
         applied_options.prepare_trainer_(trainer, options, continue_training=continue_training)
     if not (only_run_validation and val_with_best):

@@ -10,7 +10,8 @@ import numpy as np
 def collate_outputs(outputs: Sequence[dict]) -> dict:
     """Merge dicts with equal keys into one.
 
-    Numbers to a list, arrays to one array with a new first axis, lists joined.
+    Numbers to a list, arrays to one array with a new first axis, lists joined. Arrays without an axis, such as losses,
+    become a column `(n, 1)`.
 
     The first dict decides the keys and their types.
 

@@ -191,3 +191,10 @@ def test_a_task_is_converted_from_within_its_folder(task, roots, monkeypatch, he
     monkeypatch.chdir(task)
     convert_msd_dataset(here, num_processes=1)
     assert (roots["nnUNet_raw"] / "Dataset005_My_Organ" / "dataset.json").is_file()
+
+
+def test_a_link_to_a_task_is_converted_under_its_own_name(task, roots, tmp_path):
+    task.rename(tmp_path / "downloaded")
+    (tmp_path / "Task05_My_Organ").symlink_to(tmp_path / "downloaded")
+    convert_msd_dataset(str(tmp_path / "Task05_My_Organ"), num_processes=1)
+    assert (roots["nnUNet_raw"] / "Dataset005_My_Organ" / "dataset.json").is_file()

@@ -229,12 +229,32 @@ def test_changed_dataset_json_is_pointed_out(folder, roots, caplog):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_unknown_flags_and_missing_datasets_are_refused(name, capsys):
-    parser = COMMANDS[name]()
-    for arguments in (["-d", "4", "--misspelled"], []):
-        with pytest.raises(SystemExit):
-            parser.parse_args(arguments)
+def test_missing_datasets_are_refused(name, capsys):
+    with pytest.raises(SystemExit):
+        getattr(entrypoints, f"{name}_main")([])
     assert "-d" in capsys.readouterr().err
+
+
+def test_plan_and_preprocess_refuses_unknown_options(capsys):
+    with pytest.raises(SystemExit):
+        entrypoints.plan_and_preprocess_main(["-d", "4", "--misspelled"])
+    assert "--misspelled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("extract_fingerprint", "extract_fingerprints"),
+        ("plan_experiment", "plan_experiments"),
+        ("preprocess", "preprocess"),
+    ],
+)
+def test_options_of_other_commands_are_named_and_passed_over(name, function, monkeypatch, caplog):
+    datasets = []
+    monkeypatch.setattr(api, function, lambda ids, *arguments, **options: datasets.append(ids))
+    getattr(entrypoints, f"{name}_main")(["-d", "4", "--no_pp", "-gpu", "8", "--verify"])
+    assert datasets == [[4]]
+    assert "does not know --no_pp" in caplog.text
 
 
 def test_datasets_are_numbers_or_names(capsys):

@@ -228,6 +228,19 @@ def test_a_validation_can_be_left_out_and_made_up_for(dataset):
     assert (dataset / "validation" / "summary.json").is_file()
 
 
+def test_a_trainer_that_saves_no_checkpoints_by_itself_keeps_to_it(dataset, monkeypatch):
+    build = module.get_trainer_from_args
+
+    def build_without_checkpoints(*arguments):
+        trainer = build(*arguments)
+        trainer.disable_checkpointing = True
+        return trainer
+
+    monkeypatch.setattr(module, "get_trainer_from_args", build_without_checkpoints)
+    train(no_validation=True)
+    assert list(dataset.glob("training_log_*")) and not list(dataset.glob("checkpoint_*"))
+
+
 def make_checkpoints(dataset, **epochs):
     trainer = get_trainer_from_args(998, "3d_fullres", 0, "ShortTrainer", device=CPU)
     trainer.initialize()

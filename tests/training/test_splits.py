@@ -70,6 +70,15 @@ def test_cases_that_are_not_preprocessed_are_named():
         splits.require_preprocessed(["a", "b"], ["a"], "there")
 
 
+def test_a_dataset_class_that_lists_no_cases_can_train_on_those_of_the_file(tmp_path):
+    def identifiers():
+        raise NotImplementedError
+
+    path = tmp_path / "splits_final.json"
+    path.write_text(json.dumps([{"train": ["a"], "val": ["b"]}]))
+    assert splits.split_cases(path, 0, identifiers, str(tmp_path), print) == (["a"], ["b"])
+
+
 @pytest.mark.parametrize(
     ("split", "problem"),
     [

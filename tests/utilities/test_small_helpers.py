@@ -84,13 +84,13 @@ def test_split_equals_scikit_learn(n, seed, n_splits):
 def test_collate_by_type():
     merged = collate_outputs(
         [
-            {"loss": np.float32(1), "step": np.array(3.0), "tp": np.zeros(3), "keys": ["a"]},
-            {"loss": np.float32(2), "step": np.array(4.0), "tp": np.ones(3), "keys": ["b", "c"]},
+            {"lr": np.float32(1), "loss": np.array(3.0), "tp": np.zeros(3), "keys": ["a"]},
+            {"lr": np.float32(2), "loss": np.array(4.0), "tp": np.ones(3), "keys": ["b", "c"]},
         ]
     )
-    assert merged["loss"] == [1, 2] and merged["keys"] == ["a", "b", "c"]
+    assert merged["lr"] == [1, 2] and merged["keys"] == ["a", "b", "c"]
     assert merged["tp"].shape == (2, 3)
-    assert merged["step"].tolist() == [[3], [4]]
+    assert merged["loss"].tolist() == [[3.0], [4.0]]  # a column, as in the release
     with pytest.raises(ValueError, match="'x'"):
         collate_outputs([{"x": object()}])
 

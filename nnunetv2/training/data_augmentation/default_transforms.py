@@ -203,7 +203,8 @@ def mask_transforms(use_mask_for_norm: Sequence[bool] | None) -> list[BasicTrans
 
     Only in channels that are normalised within it alone.
     """
-    channels = [channel for channel, is_masked in enumerate(use_mask_for_norm or ()) if is_masked]
+    flags = () if use_mask_for_norm is None else use_mask_for_norm  # maybe an array
+    channels = [channel for channel, is_masked in enumerate(flags) if is_masked]
     return [FastMaskImageTransform(channels, channel_idx_in_seg=0, set_outside_to=0)] if channels else []
 
 

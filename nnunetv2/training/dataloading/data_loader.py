@@ -109,7 +109,7 @@ class nnUNetDataLoader(DataLoader):
         self.patch_size = self._with_slice_axis(patch_size, 1)
         self.final_patch_size = self._with_slice_axis(final_patch_size, 1)
         self.pad_sides = None if pad_sides is None else self._with_slice_axis(pad_sides, 0)
-        self.need_to_pad = np.subtract(self.patch_size, self.final_patch_size)
+        self.need_to_pad = np.subtract(self.patch_size, self.final_patch_size).astype(int)
         if self.pad_sides is not None:
             self.need_to_pad = self.need_to_pad + self.pad_sides
         self.num_channels = None
@@ -119,9 +119,8 @@ class nnUNetDataLoader(DataLoader):
         self.has_ignore = label_manager.has_ignore_label
         self.transforms = transforms
 
-    def _with_slice_axis(self, lengths: Sequence[int], slices: int) -> tuple[int, ...]:
-        """Give 2D sizes a first axis, as cases always have three."""
-        lengths = tuple(int(length) for length in lengths)
+    def _with_slice_axis(self, lengths: Sequence[int], slices: int) -> Sequence[int]:
+        """Give 2D sizes a first axis, as cases always have three. Others stay what they are, such as arrays."""
         return (slices, *lengths) if self.patch_size_was_2d else lengths
 
     def get_do_oversample(self, sample_idx: int) -> bool:
@@ -158,7 +157,8 @@ class nnUNetDataLoader(DataLoader):
             overwrite_class: The class to take, if it occurs.
             verbose: Report the class that was chosen.
         """
-        smallest, largest = corner_range(data_shape, self.patch_size, self.need_to_pad)
+        patch_size = [int(length) for length in self.patch_size]
+        smallest, largest = corner_range(data_shape, patch_size, self.need_to_pad)
         chosen_class = self._choose_class(force_fg, class_locations, overwrite_class)
         if verbose:
             logger.info("patch around a voxel of class %s", chosen_class)
@@ -168,8 +168,8 @@ class nnUNetDataLoader(DataLoader):
             assert class_locations is not None  # or there would be no class
             voxel = draw_voxel(class_locations[chosen_class])
             limit = largest if self.clamp_foreground_patches else None
-            corner = corner_around(voxel, self.patch_size, smallest, limit)
-        return corner, [low + size for low, size in zip(corner, self.patch_size)]
+            corner = corner_around(voxel, patch_size, smallest, limit)
+        return corner, [low + size for low, size in zip(corner, patch_size)]
 
     def _choose_class(
         self, force_fg: bool, class_locations: ClassLocations | None, overwrite_class: Hashable | None

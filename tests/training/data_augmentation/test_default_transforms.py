@@ -172,8 +172,9 @@ def test_validation_samples_are_converted_and_otherwise_left_alone():
     assert torch.equal(result["segmentation"][0], given["segmentation"][:1].clamp(min=0))
 
 
-def test_a_masked_channel_is_zero_outside():
-    transforms = build((16, 18, 17), mirror_axes=(), use_mask_for_norm=[True, False])
+@pytest.mark.parametrize("flags", [[True, False], np.array([True, False])])
+def test_a_masked_channel_is_zero_outside(flags):
+    transforms = build((16, 18, 17), mirror_axes=(), use_mask_for_norm=flags)
     del transforms.transforms[:8]
     given = sample(channels=2)
     outside = given["segmentation"][0] < 0

@@ -46,7 +46,7 @@ def test_slices_become_channels_and_back():
     assert flat["data"].shape == (2, 12, 5, 6) and flat["orig_shape_data"] == data.shape
     cropped = {**flat, "data": flat["data"][..., :2]}
     back = Convert2DTo3DTransform(["data"])(**cropped)
-    assert np.array_equal(back["data"], data[..., :2]) and "orig_shape_data" not in back
+    assert np.array_equal(back["data"], data[..., :2]) and back["orig_shape_data"] == data.shape
 
 
 def test_targets_are_made_for_each_scale():

@@ -62,6 +62,15 @@ def test_deep_supervision_gives_a_target_per_resolution(make_loader):
     assert batch["target"][0].min() >= 0
 
 
+def test_3d_sizes_stay_arrays_that_subclasses_compute_with(make_loader):
+    loader = make_loader(augment=True)
+    assert isinstance(loader.patch_size, np.ndarray)
+    assert (loader.patch_size - loader.final_patch_size).tolist() == loader.need_to_pad.tolist()
+    lower, upper = loader.get_bbox((20, 20, 20), False, None)
+    assert {type(corner) for corner in (*lower, *upper)} == {int}
+    assert next(loader)["data"].shape == (2, 1, *PATCH)
+
+
 def test_2d_patches_are_slices(make_loader):
     loader = make_loader(patch=(10, 9), augment=True, scales=[[1, 1], [0.5, 0.5]])
     batch = next(loader)

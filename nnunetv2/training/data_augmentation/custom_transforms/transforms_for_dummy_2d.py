@@ -34,6 +34,6 @@ class Convert2DTo3DTransform(AbstractTransform):
 
     def __call__(self, **data_dict) -> dict:
         for key in self.apply_to_keys:
-            batch, channels, slices = data_dict.pop(REMEMBERED_SHAPE.format(key))[:3]
+            batch, channels, slices = data_dict[REMEMBERED_SHAPE.format(key)][:3]
             data_dict[key] = data_dict[key].reshape(batch, channels, slices, *data_dict[key].shape[2:])
         return data_dict
