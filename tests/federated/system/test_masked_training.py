@@ -67,7 +67,7 @@ def test_three_sites_train_with_differential_privacy_behind_masks(tmp_path):
     """Masks hide the update of a site, noise the patients: losses, Dice and counts leave in no form."""
     sites = make_sites(tmp_path, num_sites=3, num_train=25, num_test=0)  # 20 are trained on: the fewest
     logs = tmp_path / "logs"
-    privacy = ("--dp_sigma", "30", "--dp_lot", "4", "--dp_uncovered", "plans")
+    privacy = ("--dp_sigma", "2", "--dp_lot", "4", "--dp_uncovered", "plans")
     with running_coordinator(tmp_path / "coordinator", sites, [*OPTIONS, "--secure"]):
         run_everywhere(sites, plan_command, step="plan", log_folder=logs)
         for site in sites:
