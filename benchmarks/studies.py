@@ -1,10 +1,11 @@
 """Compare ways to train on real scans: breast ultrasound, hippocampus, retina, spinal cord.
 
-    python -m benchmarks.studies breastus --folder WORK [--data FOLDER] [--seeds 3] [--arms ...] [--c]
+    python -m benchmarks.studies breastus --folder WORK [--data FOLDER] [--seeds 3] [--arms ...] [--c] [--anew]
 
 Lays out raw datasets from the project's shared data (not part of the project, licences in its README) and runs
 `nnUNetv2_fed_compare` with a study's lengths and small networks, as two CPU cores demand. The results in RESULTS.md are
-those of these commands.
+those of these commands. Trainings whose scores lie in `study_results/` are not run again, unless with --anew: so seeds
+add up over days, and everybody can compute the tables from the scores of every case.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 
 from nnunetv2.federated.commands.simulate import LocalSite, find_command
 
+KNOWN = Path(__file__).with_name("study_results")
+"""A file TASK.json is the result.json of a comparison, without line breaks."""
 ARMS = ("alone", "pooled", "pooled-all", "ffe", "ffe-uniform", "asym", "asym-resolution")
 
 
@@ -103,6 +106,9 @@ SMALL_2D: Mapping[str, Any] = {
     "architecture": {"arch_kwargs": {"features_per_stage": [8, 16, 32, 64, 64, 64, 64, 64]}},
 }
 
+WHOLE_IMAGES_2D: Mapping[str, Any] = {**SMALL_2D, "spacing": [2.0, 2.0]}
+"""At half the resolution a patch holds a whole image of 256 x 256 pixels."""
+
 CORD_SITES = ("ucl", "nwu", "chum", "juntendo", "milan", "ceitec")
 
 
@@ -133,7 +139,7 @@ TASKS: Mapping[str, Task] = {
         configuration="2d",
         epochs=40,
         iterations=25,
-        network=SMALL_2D,
+        network=WHOLE_IMAGES_2D,
     ),
     "hippocampus": Task(
         first_id=511,
@@ -144,7 +150,7 @@ TASKS: Mapping[str, Task] = {
         scans=hippocampus,
         configuration="3d_fullres",
         epochs=40,
-        iterations=30,
+        iterations=50,
         network={
             "batch_size": 2,
             "patch_size": [24, 32, 24],
@@ -239,6 +245,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", nargs="+")
     parser.add_argument("--arms_file", type=Path)
     parser.add_argument("--c", dest="go_on", action="store_true")
+    parser.add_argument("--anew", action="store_true", help="train what study_results/ knows, too")
     arguments = parser.parse_args(argv)
     task, folder = TASKS[arguments.task], arguments.folder.resolve()
     raw, patch = folder / "nnUNet_raw", folder / "plans_patch.json"
@@ -246,6 +253,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_datasets(task, arguments.data.resolve(), raw)
         content = {"configurations": {task.configuration: dict(task.network)}}
         patch.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    known = KNOWN / f"{arguments.task}.json"
     external = [dataset_name(task, site) for site in task.external]
     command = [
         *(find_command("nnUNetv2_fed_compare"), "-d", *(dataset_name(task, site) for site in task.sites)),
@@ -254,6 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         *("--epochs", str(task.epochs), "--iterations", str(task.iterations), "--val_iterations", "2"),
         *("--plans_patch", str(patch), "--folder", str(folder / "study"), "-device", "cpu"),
         *(["--arms_file", str(arguments.arms_file)] if arguments.arms_file else []),
+        *(["--known", str(known)] if known.exists() and not arguments.anew else []),
         *(["--c"] if arguments.go_on else []),
     ]
     return subprocess.run(command, env={**os.environ, "nnUNet_raw": str(raw)}, check=False).returncode

@@ -60,6 +60,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--folder", type=Path, required=True, help="new folder of the comparison; the report lies in it"
     )
+    parser.add_argument(
+        "--known",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="RESULT.json",
+        help="of the same comparison in other folders or on other machines: what they hold is not trained again",
+    )
     parser.add_argument("--c", dest="go_on", action="store_true", help="go on with an interrupted comparison")
     add_device_option(parser)
     return parser
@@ -69,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command `nnUNetv2_fed_compare`."""
     arguments = build_parser().parse_args(argv)
     from nnunetv2.comparison.arms import choose_arms, read_arms
+    from nnunetv2.comparison.known_results import read_known
     from nnunetv2.comparison.report import REPORT, find, write_report
     from nnunetv2.comparison.running import Runner, only_one, read_costs, remove_unfinished
     from nnunetv2.comparison.study import Study, check_study, find_datasets, open_study
@@ -90,13 +99,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         device=arguments.device,
     )
     check_study(study)
+    known = read_known(arguments.known, study)
     folder = arguments.folder.resolve()
     open_study(folder, study, go_on=arguments.go_on)
     with only_one(folder):
-        runner = Runner(study, folder)
+        runner = Runner(study, folder, known)
         remove_unfinished(runner.folder)
         scores = runner.run()
-        write_report(find(study, scores, read_costs(study, runner.folder)), runner.folder)
+        write_report(find(study, scores, read_costs(study, runner.folder, known)), runner.folder)
     show(f"Report: {folder / REPORT}")
     return 0
 

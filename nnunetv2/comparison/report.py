@@ -342,6 +342,9 @@ def _worst_cases(findings: Findings, folder: StudyFolder) -> str:
     """Draw the cases on which the last arm, which is federated as a rule, is worst at its own site."""
     study = findings.study
     arm = next((one for one in reversed(study.arms) if one.is_federated), study.arms[-1])
+    seed = next((seed for seed in range(study.seeds) if folder.predicted(arm.name, seed, "").is_dir()), None)
+    if seed is None:
+        return f"<p class='quiet'>The predictions of {escape(arm.name)} lie where it was trained (--known).</p>"
     datasets = findings.values.get(("own", "Dice"), {}).get(arm.name, {})
     ranked = sorted((value, number, case) for number, cases in datasets.items() for case, value in cases.items())
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
@@ -349,13 +352,13 @@ def _worst_cases(findings: Findings, folder: StudyFolder) -> str:
     figures = []
     for value, number, case in ranked[:NUM_WORST]:
         model = POOLED if arm.training == "pooled" else next(one.name for one in study.sites if one.number == number)
-        summary = load_summary_json(folder.predicted(arm.name, 0, model) / "summary.json")
+        summary = load_summary_json(folder.predicted(arm.name, seed, model) / "summary.json")
         content = study.sites[0].description()
         ending = content["file_ending"]
         [entry] = [one for one in summary["metric_per_case"] if Path(one["prediction_file"]).name == f"{case}{ending}"]
         reader = determine_reader_writer_from_dataset_json(content, entry["reference_file"], verbose=False)()
         files = {
-            "prediction_file": str(folder.predicted(arm.name, 0, model) / f"{case}{ending}"),
+            "prediction_file": str(folder.predicted(arm.name, seed, model) / f"{case}{ending}"),
             "reference_file": str(folder.tests / "labels" / f"{case}{ending}"),
         }
         image = folder.tests / "images" / f"{case}_0000{ending}"
@@ -367,7 +370,7 @@ def _worst_cases(findings: Findings, folder: StudyFolder) -> str:
             "</figcaption></figure>"
         )
     return (
-        f"<h2>Worst cases of {escape(arm.name)}</h2><p class='quiet'>By the site's own model, seed 0. Left the "
+        f"<h2>Worst cases of {escape(arm.name)}</h2><p class='quiet'>By the site's own model, seed {seed}. Left the "
         "reference, "
         "in the middle the prediction, right where they differ (red: missed, yellow: too much, blue: another "
         "class), in the "

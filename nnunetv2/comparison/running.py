@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.comparison.arms import FEDERATED_TRAINER, Arm
+from nnunetv2.comparison.known_results import KnownResults
 from nnunetv2.comparison.plans_patch import patch_plans
 from nnunetv2.comparison.scores import POOLED, Score, read_scores
 from nnunetv2.comparison.study import Study
@@ -58,8 +59,9 @@ def only_one(folder: Path) -> Iterator[None]:
 class Runner:
     """The steps of one comparison, in the order in which they need each other."""
 
-    def __init__(self, study: Study, folder: Path) -> None:
+    def __init__(self, study: Study, folder: Path, known: KnownResults | None = None) -> None:
         self.study, self.folder = study, StudyFolder(folder)
+        self.known = known or KnownResults()
         self._total = len(study.arms) * study.seeds
 
     def run(self) -> list[Score]:
@@ -72,6 +74,9 @@ class Runner:
         scores: list[Score] = []
         for seed in range(self.study.seeds):
             for number, arm in enumerate(self.study.arms):
+                if (arm.name, seed) in self.known.scores:
+                    scores += self.known.scores[arm.name, seed]
+                    continue
                 show(
                     f"--- arm {arm.name}, seed {seed} ({seed * len(self.study.arms) + number + 1} of {self._total}) ---"
                 )
@@ -264,13 +269,16 @@ def digest_model(folder: Path, fold: str, checkpoint: str) -> str:
     return digest.hexdigest()
 
 
-def read_costs(study: Study, folder: StudyFolder) -> dict[str, list[dict[str, Any]]]:
+def read_costs(study: Study, folder: StudyFolder, known: KnownResults) -> dict[str, list[Mapping[str, Any]]]:
     """Return the costs of every arm's trainings.
 
     Arm -> per seed, `seconds` and, in a federation, `bytes`.
     """
     return {
-        arm.name: [read_json(folder.trained(arm.name, seed) / COST_FILE) for seed in range(study.seeds)]
+        arm.name: [
+            known.costs.get((arm.name, seed)) or read_json(folder.trained(arm.name, seed) / COST_FILE)
+            for seed in range(study.seeds)
+        ]
         for arm in study.arms
     }
 

@@ -161,14 +161,17 @@ def open_study(folder: Path, study: Study, *, go_on: bool) -> None:
                 f"{file} was begun with {key} {held.get(key)}, now it is {now[key]}. Remedy: give the same options, or "
                 "choose another --folder"
             )
-    _check_arms(file, held["arms"], now["arms"])
+    check_arms(file, held["arms"], now["arms"])
     save_json_atomically(now, file, sort_keys=False)
 
 
-def _check_arms(file: Path, held: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
+def check_arms(file: Path, held: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:
     """Refuse an arm that has changed; arms and seeds may be added later.
 
     A comparison that an earlier version began does not say of its arms that all sites plan alike.
+
+    Raises:
+        ValueError: The message names the file and the arm.
     """
     before = {arm["name"]: {"networks": "equal", "planning_options_of": {}, **arm} for arm in held}
     for arm in now:

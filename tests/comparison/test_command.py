@@ -56,6 +56,11 @@ def test_a_comparison_that_was_killed_goes_on_and_reports(command, tmp_path):
     assert len(models) == 8 and result["costs"]["ffe"][0]["bytes"] > 1000
     ffe = result["matrix"]["ffe"]
     assert ffe["Dataset601_North"] == ffe["Dataset602_South"], "sites of one federation end with one network"
+    other = tmp_path / "other"
+    assert main([*command[:-1], str(other), "--known", str(study / "result.json")]) == 0
+    assert not (other / "trained").exists(), "what is known was trained again"
+    again = json.loads((other / "result.json").read_text())
+    assert {**again, "study": {}} == {**result, "study": {}}
 
 
 def test_a_dataset_that_is_missing_is_named(command, tmp_path):

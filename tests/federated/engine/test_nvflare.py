@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sqlite3
 import stat
 import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +21,7 @@ from small_sites import CONFIGURATION, make_sites, plan_command, shrink_plans, t
 
 from benchmarks.nvflare_network import ENDED, PYTHON, Network, hide_torch, listening_addresses, running_network
 from nnunetv2.federated.commands.engine import main as engine_command
-from nnunetv2.federated.commands.simulate import find_command, run_everywhere, running_coordinator
+from nnunetv2.federated.commands.simulate import LocalSite, find_command, run_everywhere, running_coordinator
 from nnunetv2.federated.site.credential import SiteCredential, load_credential
 
 pytestmark = [
@@ -28,6 +33,7 @@ pytestmark = [
 ]
 
 SITES = ("north", "south", "west")
+SHORT = ("--epochs", "2", "--iterations", "2", "--val-iterations", "1", "--validate-every", "1")
 FORGERY = """
 import sys, threading, time
 from pathlib import Path
@@ -76,9 +82,9 @@ class Setup:
         self.forgery = folder / "forgery"
         engine_command(["server", "--kit", str(network.kit("server")), "--folder", str(self.federations)])
 
-    def configure(self, *options: str) -> None:
-        """Have every site write what it lets a job do."""
-        for site in self.sites:
+    def configure(self, *options: str, sites: Sequence[LocalSite] = ()) -> None:
+        """Have every site write what it lets a job do; other sites than those of all tests if some are given."""
+        for site in sites or self.sites:
             kit, folder = self.network.kit(site.name), self.folder / "nnunet" / site.name
             environment = {**site.environment, "nnUNet_fed_min_cases": "1"}
             commands = str(Path(find_command("nnUNetv2_train")).parent)
@@ -108,6 +114,12 @@ class Setup:
             assert time.monotonic() < deadline and not status.startswith(ENDED), (status, self.network.log("server"))
             time.sleep(1)
         return {site: load_credential(file) for site, file in files.items()}
+
+    def finish(self, job: str) -> None:
+        """Wait until a job has ended well."""
+        status = self.network.wait_for_job(job, 3 * PATIENCE_S)
+        logs = [*(self.folder / "nnunet").rglob("logs/*.log")]
+        assert status == "FINISHED:COMPLETED", "\n".join(log.read_text()[-1500:] for log in logs)
 
 
 @pytest.fixture(scope="module")
@@ -235,18 +247,14 @@ def _check_that_forgeries_are_refused(setup: Setup, found: dict[str, SiteCredent
 
 
 def test_commands_end_with_the_bits_of_the_same_commands_over_http(setup, tmp_path):
-    options = ("--epochs", "2", "--iterations", "2", "--val-iterations", "1", "--validate-every", "1")
     setup.configure()
     for step in ("plan", "train"):
-        job = setup.job("liver", *options, "--steps", step)
-        status = setup.network.wait_for_job(job, 3 * PATIENCE_S)
-        logs = [*(setup.folder / "nnunet").rglob("logs/*.log")]
-        assert status == "FINISHED:COMPLETED", "\n".join(log.read_text()[-1500:] for log in logs)
+        setup.finish(setup.job("liver", *SHORT, "--steps", step))
         if step == "plan":
             for site in setup.sites:
                 shrink_plans(site)
     others = make_sites(tmp_path / "sites", num_sites=3, environment={"nnUNet_seed": "7"})
-    with running_coordinator(tmp_path / "coordinator", others, options):
+    with running_coordinator(tmp_path / "coordinator", others, SHORT):
         run_everywhere(others, plan_command, step="plan", log_folder=tmp_path / "logs")
         for site in others:
             shrink_plans(site)
@@ -272,3 +280,44 @@ def _check_that_the_model_predicts(setup: Setup, folder: Path) -> None:
         log_folder=folder / "logs",
     )
     assert list((folder / "out").glob("*.nii.gz"))
+
+
+def test_own_plans_half_precision_and_an_allow_list_change_no_bit_either(setup, tmp_path):
+    """Every site plans alone, west has a wider network, north lets out only what its allow-list names."""
+    sites = make_sites(tmp_path / "engine", num_sites=3, environment={"nnUNet_seed": "7"})
+    setup.configure("--planning", "asym", sites=sites)
+    job = setup.job("different", *SHORT, "--precision", "float16", "--steps", "plan")
+    setup.credentials("different", job)
+    joined = tmp_path / "site.json"
+    shutil.copyfile(setup.credential_file("different", "north"), joined)
+    setup.finish(job)
+    let_plans_differ(sites)
+    allowed = tmp_path / "allow.json"
+    manifest = ("nnUNetv2_fed_manifest", sites[0].dataset, CONFIGURATION, "--write-allow-list", str(allowed))
+    run_everywhere(
+        [replace(sites[0], credential=joined)], lambda _: list(manifest), step="manifest", log_folder=tmp_path / "logs"
+    )
+    assert json.loads(allowed.read_text())["coordinator"] == "nvflare:loopback/different"
+    careful = replace(sites[0], environment={**sites[0].environment, "nnUNet_fed_allow": str(allowed)})
+    setup.configure("--planning", "asym", sites=[careful, *sites[1:]])
+    setup.finish(setup.job("different", *SHORT, "--precision", "float16", "--steps", "train"))
+
+    others = make_sites(tmp_path / "http", num_sites=3, environment={"nnUNet_seed": "7"})
+    with running_coordinator(tmp_path / "coordinator", others, [*SHORT, "--precision", "float16"]):
+        plan = partial(plan_command, mode="asym")
+        run_everywhere(others, plan, step="plan", log_folder=tmp_path / "logs")
+        let_plans_differ(others)
+        run_everywhere(others, train_command, step="train", log_folder=tmp_path / "logs")
+    through_engine, over_http = digests(setup.federations / "different"), digests(tmp_path / "coordinator")
+    assert through_engine == over_http
+
+
+def let_plans_differ(sites: Sequence[LocalSite]) -> None:
+    """Make all networks small, and that of west wider where it is deepest."""
+    for site in sites:
+        shrink_plans(site)
+    west = sites[-1]
+    file = Path(west.environment["nnUNet_preprocessed"]) / f"Dataset{west.dataset}_Phantom" / "nnUNetPlans.json"
+    plans = json.loads(file.read_text())
+    plans["configurations"][CONFIGURATION]["architecture"]["arch_kwargs"]["features_per_stage"][-1] += 4
+    file.write_text(json.dumps(plans))
