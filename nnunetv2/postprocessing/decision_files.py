@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nnunetv2.postprocessing.decision import Decision
 
 _FUNCTION = remove_all_but_largest_component_from_segmentation
+_ADMITTED = {(_FUNCTION.__module__, _FUNCTION.__name__): _FUNCTION}
 _KEYWORDS = {"labels_or_regions", "background_label"}
 
 Functions = list[Callable[..., np.ndarray]]
@@ -33,7 +34,7 @@ def save_decision(folder: str | os.PathLike[str], decision: Decision, functions:
     before, after = decision.summary_before(), decision.summary_after(str(folder / "postprocessed"))
     if not (folder / "summary.json").is_file():
         save_summary_json(before, folder / "summary.json")
-    save_pickle((functions, kwargs), folder / "postprocessing.pkl")
+    save_pickle((functions, kwargs), folder / "postprocessing.pkl", _ADMITTED)
     content = {
         "input_folder": _means(before),
         "postprocessed": _means(after),
@@ -85,7 +86,7 @@ def _load_json(path: Path) -> tuple[Functions, Keywords]:
 
 def _load_pickle(path: Path) -> tuple[Functions, Keywords]:
     try:
-        content = load_pickle_safely(path, {(_FUNCTION.__module__, _FUNCTION.__name__): _FUNCTION})
+        content = load_pickle_safely(path, _ADMITTED)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{error}. A pickle can run any program, so that {path.name} is accepted only if it refers to "

@@ -9,6 +9,7 @@ reader admits just the callables that rebuild these and refuses everything else 
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import pickle
 from collections.abc import Mapping
@@ -95,10 +96,27 @@ def load_stream_safely(
         raise pickle.UnpicklingError(f"cannot read {name}: {error}") from error
 
 
-def save_pickle(obj: object, path: str | os.PathLike[str]) -> None:
-    """Write a pickle in one step, so that no reader finds half of it."""
+def save_pickle(
+    obj: object, path: str | os.PathLike[str], admitted: Mapping[tuple[str, str], object] = MappingProxyType({})
+) -> None:
+    """Write a pickle in one step, so that no reader finds half of it.
+
+    Args:
+        admitted: See `load_pickle_safely`.
+
+    Raises:
+        ValueError: It holds what `load_pickle_safely` refuses, so nobody could read it.
+    """
+    content = pickle.dumps(obj)
+    try:
+        _RestrictedUnpickler(io.BytesIO(content), admitted).load()
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not written: {error}. Have the reader or preprocessor that adds it to the properties of a case "
+            "add it as text or numbers"
+        ) from error
     with replacing(path) as written:
-        written.write_bytes(pickle.dumps(obj))
+        written.write_bytes(content)
 
 
 def _import_numpy_core(module: str):

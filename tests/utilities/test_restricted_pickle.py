@@ -75,3 +75,11 @@ def test_damaged_files_are_named(tmp_path, content):
 def test_round_trip(tmp_path):
     save_pickle(PROPERTIES, tmp_path / "a.pkl")
     np.testing.assert_equal(load_pickle_safely(str(tmp_path / "a.pkl")), PROPERTIES)
+
+
+def test_what_nobody_could_read_is_not_written(tmp_path):
+    path = tmp_path / "case.pkl"
+    save_pickle({"spacing": [1.0]}, path)
+    with pytest.raises(ValueError, match="case.pkl is not written: it refers to pathlib.* as text or numbers"):
+        save_pickle({"spacing": [1.0], "source": tmp_path}, path)
+    assert load_pickle_safely(path) == {"spacing": [1.0]}
