@@ -23,14 +23,14 @@ THROUGH_GATEWAYS = (
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if metafunc.module.__file__.endswith(THROUGH_GATEWAYS):
-        metafunc.fixturenames.insert(0, "way")
+    is_for_both = metafunc.definition.get_closest_marker("http_only") is None
+    if is_for_both and metafunc.module.__file__.endswith(THROUGH_GATEWAYS):
         metafunc.parametrize("way", ["http", "gateway"], indirect=True, scope="module")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", autouse=True)
 def way(request: pytest.FixtureRequest):
     """Let `served` put gateways in front of its coordinators, or not."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fake_federation, "THROUGH_GATEWAYS", request.param == "gateway")
-        yield request.param
+        patch.setattr(fake_federation, "THROUGH_GATEWAYS", getattr(request, "param", "http") == "gateway")
+        yield

@@ -217,6 +217,7 @@ def test_the_wrong_kind_of_message_is_refused(site):
     assert "takes messages of kind census, this one is of kind plans_report" in response.json()["message"]
 
 
+@pytest.mark.http_only
 def test_a_request_that_dies_in_the_middle_leaves_nothing(federation, a):
     address = urlsplit(federation.url)
     with socket.create_connection((address.hostname, address.port)) as connection:
@@ -254,6 +255,7 @@ def test_an_open_gathering_says_whom_it_waits_for(a):
     assert time.monotonic() - begin > 0.15
 
 
+@pytest.mark.http_only
 def test_waiting_ends_when_the_result_is_there(federation, a, b, monkeypatch):
     monkeypatch.setattr("nnunetv2.federated.coordinator.http.site_routes.LONGEST_WAIT_S", MUCH_LONGER_S)
     a.put(CensusKey(), a.document(make_census()))
