@@ -1,32 +1,38 @@
 """Measure masked rounds: bytes, processor time and memory, and whether the average is exact.
 
-    python -m benchmarks.secure_aggregation [--sites 64] [--stages 6] [--only bytes site coordinator round] [--folder F]
+    python -m benchmarks.secure_aggregation [--sites 64] [--stages 6] [--folder F]
+                                            [--only bytes site coordinator round line]
 
     bytes        an upload beside the plain one, with 3 to 64 sites and 1 to 10 groups
     site         processor time of a site's masked update beside the plain one, and beside the streams that it takes
     coordinator  processor time of closing a round of 8 sites beside a plain one
     round        many sites, one round with one and one with three of them gone: exact average, the coordinator's memory
+    line         what a round of 8 sites takes behind one line of 1 Gbit/s, beside the same round in clear
 
-6 stages are nnU-Net's 31.2 million parameters. `round` needs some 260 MB of disk per site for a while. Linux.
+6 stages are nnU-Net's 31.2 million parameters. `round` needs some 260 MB of disk per site for a while. Linux; `line`
+needs root, and the commands ip and tc.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.federation import network_specs, sampled_memory
-from benchmarks.federation_coordinator import Running
+from benchmarks.federation_coordinator import Running, running
+from benchmarks.federation_line import GIGABIT
+from benchmarks.shaped_lines import HOST, can_be_shaped, enter, shaped_lines
 from nnunetv2.federated.aggregation.weighted_mean import aggregate_documents, write_computed
 from nnunetv2.federated.coordinator.members import create_federation
 from nnunetv2.federated.coordinator.storage.store import Store
@@ -55,6 +61,7 @@ MIB = 2**20
 RUN = keys.run_name("3d_fullres", "0", "nnUNetTrainerFedAvg")
 FIGURES = {"changes": 2, "training": 1, "validated": 2, "earlier": 2}
 CASES = 100
+LINE_ROUNDS = 6
 
 
 # ------------------------------------------------------------------------------------------------------------- bytes
@@ -290,20 +297,25 @@ def join_all(
     for name in settings.sites:
         site = MeasuredSite(url, settings, name, secrets[name], folder)
         site.initial = initial
-        site.registration = messages.Registration(
-            configuration="3d_fullres",
-            fold="0",
-            trainer="nnUNetTrainerFedAvg",
-            num_training_cases=CASES,
-            plans={"plans_name": "nnUNetPlans", "dataset_name": "Dataset001"},
-            dataset_json=messages.TrainingData(
-                channel_names={"0": "CT"}, labels={"background": 0, "liver": 1}, file_ending=".nii.gz"
-            ),
-            requires_equal_plans=False,
-            tensors=tuple(messages.TensorEntry(name=n, dtype="F32", shape=spec.shape) for n, spec in specs.items()),
-        )
+        site.registration = registration_of(specs)
         sites.append(site)
     return sites
+
+
+def registration_of(specs: Mapping[str, TensorSpec]) -> messages.Registration:
+    """Return what a site registers with."""
+    return messages.Registration(
+        configuration="3d_fullres",
+        fold="0",
+        trainer="nnUNetTrainerFedAvg",
+        num_training_cases=CASES,
+        plans={"plans_name": "nnUNetPlans", "dataset_name": "Dataset001"},
+        dataset_json=messages.TrainingData(
+            channel_names={"0": "CT"}, labels={"background": 0, "liver": 1}, file_ending=".nii.gz"
+        ),
+        requires_equal_plans=False,
+        tensors=tuple(messages.TensorEntry(name=n, dtype="F32", shape=spec.shape) for n, spec in specs.items()),
+    )
 
 
 def play_round(
@@ -354,6 +366,84 @@ def play_round(
     )
 
 
+# -------------------------------------------------------------------------------------------------------------- line
+def measure_line(specs: Mapping[str, TensorSpec], folder: Path, num_sites: int = 8) -> None:
+    """Print what rounds over one line take, masked and in clear."""
+    if not can_be_shaped():
+        print("line: a line of 1 Gbit/s cannot be shaped here: that takes Linux, root, and the commands ip and tc")
+        return
+    seconds = {}
+    for kind in ("clear", "masked"):
+        (folder / kind).mkdir()
+        seconds[kind] = play_on_a_line(specs, folder / kind, num_sites, is_masked=kind == "masked")
+    clear, masked = (statistics.median(one) for one in seconds.values())
+    print(
+        f"line: {num_sites} sites behind one line of 1 Gbit/s: a round takes {masked:.1f} s masked "
+        f"({min(seconds['masked']):.1f} to {max(seconds['masked']):.1f}), {clear:.1f} s in clear "
+        f"({min(seconds['clear']):.1f} to {max(seconds['clear']):.1f}): {masked / clear:.2f} times (limit 1.3)"
+    )
+
+
+def play_on_a_line(specs: Mapping[str, TensorSpec], folder: Path, num_sites: int, *, is_masked: bool) -> list[float]:
+    """Return what rounds took, each from the first site's begin to the last one's end."""
+    names = tuple(f"site{number:03d}" for number in range(num_sites))
+    settings = FederationSettings(
+        federation="benchmark",
+        sites=names,
+        num_epochs=LINE_ROUNDS + 1,
+        validate_every=0,
+        min_sites=3,
+        secure=Secure(k=3) if is_masked else None,
+    )
+    with Store(folder / "federation") as store:
+        create_federation(store, settings, now=time.time())
+        secrets = {one.member: one.secret for one in store.load_invitations().values()}
+    with (
+        shaped_lines(1, GIGABIT) as [namespace],
+        running(folder / "federation", "--host", HOST, "--insecure") as coordinator,
+        ProcessPoolExecutor(num_sites, multiprocessing.get_context("spawn")) as pool,
+    ):
+        sites = [
+            pool.submit(
+                take_part,
+                Invitation(coordinator.url, "benchmark", name, secrets[name] or "", secure=is_masked),
+                folder / f"{name}.json",
+                namespace,
+                specs,
+            )
+            for name in names
+        ]
+        moments = [site.result() for site in sites]
+    rounds = [(min(begins), max(ends)) for begins, ends in (zip(*several) for several in zip(*moments))]
+    return [end - begin for begin, end in rounds[1:]]  # the first one waits for sites that begin late
+
+
+def take_part(
+    invitation: Invitation, file: Path, namespace: str, specs: Mapping[str, TensorSpec]
+) -> list[tuple[float, float]]:
+    """Take part in all rounds from this process; return when each began and ended."""
+    logging.disable(logging.WARNING)
+    enter(namespace)
+    join(invitation, path=file, insecure=True)
+    credential = load_credential(file)
+    participant = Participant(
+        HttpTransport(credential, report=lambda line: None),
+        site=invitation.site,
+        run=RUN,
+        credential=credential,
+        credential_file=file,
+    )
+    weights: Mapping[str, np.ndarray] = {name: np.zeros(spec.shape, np.float32) for name, spec in specs.items()}
+    participant.register(registration_of(specs))
+    participant.start(0, weights)
+    moments = []
+    for number in range(LINE_ROUNDS):
+        begin = time.monotonic()
+        weights, _ = participant.exchange(number, weights, messages.Update(metrics={"train_losses": -0.5}))
+        moments.append((begin, time.monotonic()))
+    return moments
+
+
 def memory_of(coordinator: Running) -> float:
     """Return the anonymous memory of a process in MiB."""
     from benchmarks.federation_coordinator import Memory
@@ -366,7 +456,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sites", type=int, default=64)
     parser.add_argument("--stages", type=int, default=6)
-    parser.add_argument("--only", nargs="+", choices=("bytes", "site", "coordinator", "round"))
+    parser.add_argument("--only", nargs="+", choices=("bytes", "site", "coordinator", "round", "line"))
     parser.add_argument("--folder", type=Path)
     arguments = parser.parse_args(argv)
     logging.disable(logging.WARNING)
@@ -378,6 +468,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "site": lambda folder: measure_site(specs, folder),
         "coordinator": lambda folder: measure_coordinator(specs, folder),
         "round": lambda folder: measure_round(specs, folder, arguments.sites),
+        "line": lambda folder: measure_line(specs, folder),
     }
     for name in arguments.only or measurements:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
