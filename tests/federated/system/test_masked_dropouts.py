@@ -57,6 +57,7 @@ def test_a_site_that_fails_before_its_upload_is_not_waited_for_and_comes_back(fi
     weights, aggregate = all_exchange(others, 0, start)
     assert aggregate.missing == ("E",) and aggregate.next_round.cohort == FIVE[:4]
     assert_close(weights, mean_of(others, start, 0))
+    last.register()  # as every site does that is back, so that it is waited for
     assert last.start().epoch == 1  # it asks to be let in, and is from the next round on
     weights, aggregate = all_exchange(others, 1, weights)
     assert aggregate.next_round.cohort == FIVE
