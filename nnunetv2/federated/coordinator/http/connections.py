@@ -33,6 +33,9 @@ sends would miss the answer."""
 UNSENT_BYTES = 16 << 10
 """How much of the answers may wait for a reader before no more is written: asyncio keeps up to 512 KiB of each
 encrypted connection, and strangers have many."""
+RECEIVED_BYTES = 16 << 10
+"""How much the parser is given at a time, and never gives back: of 256 KiB, as asyncio has it, with hundreds of
+uploads."""
 KEEP_ALIVE_S = 75
 WATCH_S = 2.0
 STARTUP_FAILED = 3
@@ -70,6 +73,8 @@ class GuardedProtocol(H11Protocol, Connection):
         assert isinstance(transport, asyncio.Transport), "a connection is read and written"
         super().connection_made(transport)
         transport.set_write_buffer_limits(UNSENT_BYTES)
+        if hasattr(transport, "max_size"):  # of asyncio's own loops but the one of Windows
+            transport.max_size = RECEIVED_BYTES
         if self._socket is None:  # no TLS in between
             self.attach(transport)
         self._watch()

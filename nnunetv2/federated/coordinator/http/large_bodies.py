@@ -25,7 +25,7 @@ from starlette.types import Scope
 
 BUFFER_BYTES = 1 << 20
 """What one upload may hold,"""
-SMALLEST_BUFFER_BYTES = 64 << 10
+SMALLEST_BUFFER_BYTES = 48 << 10
 BUFFERS_BYTES = 16 << 20
 """or less, so that all that arrive at the same time hold about this much together."""
 CONNECTION = "connection"
@@ -47,9 +47,15 @@ def can_bypass(transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) ->
 
 
 class BufferPool:
-    """Share the memory for bodies among all that arrive. For one event loop."""
+    """Share memory among all bodies that arrive, or all that leave. For one event loop.
 
-    def __init__(self) -> None:
+    Args:
+        largest: Bytes that one body may hold.
+        total: Bytes that all hold together, roughly: none is told to hold less than `SMALLEST_BUFFER_BYTES`.
+    """
+
+    def __init__(self, largest: int = BUFFER_BYTES, total: int = BUFFERS_BYTES) -> None:
+        self._largest, self._total = largest, total
         self._number = 0
 
     def opened(self) -> None:
@@ -63,7 +69,7 @@ class BufferPool:
     @property
     def share(self) -> int:
         """Return the bytes that each of them may hold now."""
-        return min(BUFFER_BYTES, max(SMALLEST_BUFFER_BYTES, BUFFERS_BYTES // max(1, self._number)))
+        return min(self._largest, max(SMALLEST_BUFFER_BYTES, self._total // max(1, self._number)))
 
 
 class Connection(Protocol):
@@ -129,14 +135,16 @@ class LargeBody(asyncio.BufferedProtocol):
         Raises:
             ClientDisconnect: The connection broke before all was there.
         """
+        share = SMALLEST_BUFFER_BYTES  # at first: when hundreds begin together, each takes itself for one of a few
         while self.remaining:
             if self._is_lost:
                 raise ClientDisconnect
-            self._set_goal(min(self._pool.share, self.remaining))
+            self._set_goal(min(share, self.remaining))
             self._arrival = self._connection.loop.create_future()
             self._connection.transport.resume_reading()
             await self._arrival
             yield self._buffer[: self._filled]
+            share = self._pool.share
 
     def _set_goal(self, goal: int) -> None:
         """Make room for so many bytes, and return the memory of more."""

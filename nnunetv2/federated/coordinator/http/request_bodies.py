@@ -25,6 +25,8 @@ SMALL_BODY = 64 << 10
 """Bytes that a plain JSON body may have."""
 DRAINED_BYTES = 64 << 20
 """A body up to this size is read to its end before it is refused, so that the refusal can be read."""
+DOWNLOAD_BYTES, DOWNLOADS_BYTES = 256 << 10, 4 << 20
+"""What one download holds at a time, and about what all of them do; what the system has not taken counts again."""
 WRITING_THREADS = min(8, max(2, os.cpu_count() or 1))
 """Threads that write and hash pieces: with more than there are cores, they only wait for one another."""
 FINISHING_THREADS = 8
@@ -85,10 +87,11 @@ def _digest_header(request: Request) -> str:
 
 
 class Reception:
-    """Threads and memory that all uploads of one event loop share."""
+    """Threads and memory that all uploads and downloads of one event loop share."""
 
     def __init__(self) -> None:
         self.buffers = BufferPool()
+        self.downloads = BufferPool(DOWNLOAD_BYTES, DOWNLOADS_BYTES)
         self._writing = ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="writing")
         self._finishing = ThreadPoolExecutor(FINISHING_THREADS, thread_name_prefix="finishing")
 

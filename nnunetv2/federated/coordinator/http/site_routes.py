@@ -36,6 +36,7 @@ from starlette.types import Receive, Scope, Send
 
 from nnunetv2.federated.coordinator.http.authentication import member_of, site_of
 from nnunetv2.federated.coordinator.http.error_responses import HANDLERS, json_response
+from nnunetv2.federated.coordinator.http.large_bodies import BufferPool
 from nnunetv2.federated.coordinator.http.rehearsal import REHEARSAL_ROUTES
 from nnunetv2.federated.coordinator.http.request_bodies import drain, read_json, read_upload_headers, receive
 from nnunetv2.federated.coordinator.http.services import Services, provide, services_of
@@ -107,7 +108,8 @@ async def get_model(request: Request) -> Response:
             headers={"Content-Length": str(size), "Accept-Ranges": "bytes", "Cache-Control": "no-store"},
         )
     model = await run_in_threadpool(service.fetch_model, run, member=member)
-    return DigestedFile(model.path, model.digest, media_type="application/zip")
+    downloads = services_of(request).reception.downloads
+    return DigestedFile(model.path, model.digest, downloads, media_type="application/zip")
 
 
 async def post_action(request: Request) -> Response:
@@ -179,7 +181,8 @@ async def get_result(request: Request) -> Response:
                 site_of(request)  # it may have been revoked meanwhile
                 outcome = await run_in_threadpool(find)
     if isinstance(outcome, Result):
-        return DigestedFile(outcome.path, outcome.digest, {"X-Gathering": outcome.key})
+        downloads = services_of(request).reception.downloads
+        return DigestedFile(outcome.path, outcome.digest, downloads, {"X-Gathering": outcome.key})
     answer = json_response(outcome, 202)
     if outcome.lacks:
         answer.headers[api.LACKS_HEADER] = str(outcome.lacks)
@@ -205,13 +208,11 @@ def wanted_wait(request: Request) -> float:
 class DigestedFile(FileResponse):
     """Send a file whose SHA-256 is known, or a range of it."""
 
-    chunk_size = 256 << 10
-    """What a download holds at a time; with hundreds of them that counts."""
-
     def __init__(
         self,
         path: Path,
         digest: str,
+        pool: BufferPool,
         headers: Mapping[str, str] | None = None,
         *,
         media_type: str = "application/octet-stream",
@@ -219,10 +220,16 @@ class DigestedFile(FileResponse):
         headers = {"X-Content-SHA256": digest, "ETag": f'"{digest}"', "Cache-Control": "no-store", **(headers or {})}
         # Asked here, a file that is gone (old results are deleted) is the machine's trouble, and the site asks again.
         super().__init__(path, headers=headers, media_type=media_type, stat_result=path.stat())
+        self._pool = pool
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = [(name, value) for name, value in scope["headers"] if name != b"range" or is_one_range(value)]
-        await super().__call__({**scope, "headers": headers}, receive, send)
+        self._pool.opened()
+        self.chunk_size = self._pool.share  # one size for all of it: the last piece is told by being shorter
+        try:
+            await super().__call__({**scope, "headers": headers}, receive, send)
+        finally:
+            self._pool.closed()
 
 
 def is_one_range(value: bytes) -> bool:
