@@ -25,8 +25,8 @@ from starlette.types import Scope
 
 BUFFER_BYTES = 1 << 20
 """What one upload may hold,"""
-SMALLEST_BUFFER_BYTES = 48 << 10
-BUFFERS_BYTES = 16 << 20
+SMALLEST_BUFFER_BYTES = 32 << 10
+BUFFERS_BYTES = 8 << 20
 """or less, so that all that arrive at the same time hold about this much together."""
 CONNECTION = "connection"
 """Where the state of a request's scope holds its connection."""

@@ -146,6 +146,7 @@ async def receive(request: Request, upload: IncomingBody, headers: UploadHeaders
             continue
         async with connection.large_body(remaining, reception.buffers) as rest:
             await reception.write(upload.append, piece)
+            del piece  # else it lasts as long as the upload
             async for view in rest.pieces():
                 traffic_of(request.scope).bypassed += len(view)
                 await reception.write(upload.append, view)
