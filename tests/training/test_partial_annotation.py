@@ -225,8 +225,9 @@ def test_a_site_that_joins_a_run_trains_what_it_annotates_and_gets_the_rest(make
 def test_the_common_model_has_all_classes(make_sites):
     trainers = train(make_sites, "", FOUR)
     folder = trainers["federation"].state.store.folder
-    wait_until(lambda: list(folder.glob("models/**/checkpoint_final.pth")))
-    model = next(iter(folder.glob("models/**/checkpoint_final.pth")))
+    finished = "models/nnUNet*/fold_*/checkpoint_final.pth"  # not `**`: temporary folders come and go there
+    wait_until(lambda: list(folder.glob(finished)))
+    model = next(iter(folder.glob(finished)))
     content = torch.load(model, weights_only=True)
     for tensor, values in weights_of(trainers["C"]).items():
         np.testing.assert_array_equal(content["network_weights"][tensor].numpy(), values, err_msg=tensor)

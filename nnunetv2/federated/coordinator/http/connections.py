@@ -33,6 +33,8 @@ sends would miss the answer."""
 UNSENT_BYTES = 16 << 10
 """How much of the answers may wait for a reader before no more is written: asyncio keeps up to 512 KiB of each
 encrypted connection, and strangers have many."""
+AHEAD_BYTES = 8 << 10
+"""Bytes of requests that may come ahead of their turn; less than is received at once, or nobody would notice them."""
 RECEIVED_BYTES = 16 << 10
 """How much the parser is given at a time, and never gives back: of 256 KiB, as asyncio has it, with hundreds of
 uploads."""
@@ -215,9 +217,9 @@ class GuardedProtocol(H11Protocol, Connection):
         return "headers" if answered and has_begun else "other"
 
     def _has_many_requests_waiting(self) -> bool:
-        """Tell whether more requests have come ahead of their turn than headers may have bytes; honest ones do not."""
+        """Tell whether many requests have come ahead of their turn; honest ones do not."""
         is_done = self._body is None and self.conn.their_state is h11.DONE
-        return is_done and len(self.conn.trailing_data[0]) > HEADER_BYTES
+        return is_done and len(self.conn.trailing_data[0]) > AHEAD_BYTES
 
     def _is_answered(self) -> bool:
         return self.cycle is None or self.cycle.response_complete
