@@ -33,7 +33,7 @@ sends would miss the answer."""
 UNSENT_BYTES = 16 << 10
 """How much of the answers may wait for a reader before no more is written: asyncio keeps up to 512 KiB of each
 encrypted connection, and strangers have many."""
-AHEAD_BYTES = 8 << 10
+AHEAD_BYTES = 12 << 10
 """Bytes of requests that may come ahead of their turn; less than is received at once, or nobody would notice them."""
 RECEIVED_BYTES = 16 << 10
 """How much the parser is given at a time, and never gives back: of 256 KiB, as asyncio has it, with hundreds of
