@@ -30,22 +30,31 @@ def read_known(files: Iterable[Path], study: Study) -> KnownResults:
     """Read files result.json of the same comparison, in the order of their importance.
 
     Raises:
-        ValueError: One is of another comparison; the message names the file and what differs.
+        ValueError: One is of another comparison, or none; the message names the file and what differs.
     """
     scores: dict[Training, tuple[Score, ...]] = {}
     costs: dict[Training, Mapping[str, Any]] = {}
     for file in files:
         content = read_json(file, required={"study": dict, "scores": list, "costs": dict})
         _check_same(file, content["study"], study)
-        found: dict[Training, list[Score]] = defaultdict(list)
-        for entry in content["scores"]:
-            values = {name: math.nan if value is None else value for name, value in entry["values"].items()}
-            found[entry["arm"], entry["seed"]].append(Score(**{**entry, "values": values}))
-        for training, several in found.items():
-            if training not in scores:
-                scores[training] = tuple(several)
-                costs[training] = content["costs"][training[0]][training[1]]
+        try:
+            found = _scores_of(content["scores"])
+            found_costs = {(arm, seed): content["costs"][arm][seed] for arm, seed in found}
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{file} is not what nnUNetv2_fed_compare writes as result.json ({error!r}): copy it again"
+            ) from error
+        scores = {**found, **scores}
+        costs = {**found_costs, **costs}
     return KnownResults(scores=scores, costs=costs)
+
+
+def _scores_of(entries: Iterable[Mapping[str, Any]]) -> dict[Training, tuple[Score, ...]]:
+    found: dict[Training, list[Score]] = defaultdict(list)
+    for entry in entries:
+        values = {name: math.nan if value is None else value for name, value in entry["values"].items()}
+        found[entry["arm"], entry["seed"]].append(Score(**{**entry, "values": values}))
+    return {training: tuple(several) for training, several in found.items()}
 
 
 def _check_same(file: Path, held: Mapping[str, Any], study: Study) -> None:

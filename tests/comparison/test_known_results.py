@@ -69,3 +69,12 @@ def test_results_of_another_comparison_are_refused_by_name(tmp_path, change, mes
     with pytest.raises(ValueError, match=message) as raised:
         read_known([write_result(tmp_path, replace(STUDY, **change))], STUDY)
     assert "ffe.json" in str(raised.value)
+
+
+@pytest.mark.parametrize("part", ["scores", "costs"])
+def test_a_damaged_file_is_named(tmp_path, part):
+    file = write_result(tmp_path)
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, part: [{"arm": "ffe", "seed": 0}] if part == "scores" else {"ffe": []}}))
+    with pytest.raises(ValueError, match="ffe.json is not what nnUNetv2_fed_compare writes"):
+        read_known([file], STUDY)

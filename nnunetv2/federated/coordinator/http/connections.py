@@ -36,8 +36,8 @@ encrypted connection, and strangers have many."""
 AHEAD_BYTES = 12 << 10
 """Bytes of requests that may come ahead of their turn; less than is received at once, or nobody would notice them."""
 RECEIVED_BYTES = 16 << 10
-"""How much the parser is given at a time, and never gives back: of 256 KiB, as asyncio has it, with hundreds of
-uploads."""
+"""How much the parser is given at a time. It keeps as much memory until its request is over, and hundreds may upload:
+asyncio would give it 256 KiB."""
 KEEP_ALIVE_S = 75
 WATCH_S = 2.0
 STARTUP_FAILED = 3
