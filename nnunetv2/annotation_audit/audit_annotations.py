@@ -6,16 +6,17 @@ Nothing of it leaves the machine.
 from __future__ import annotations
 
 import argparse
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.utilities.command_line import add_device_option, run_command
 from nnunetv2.utilities.plain_text import show
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from nnunetv2.annotation_audit.audit import Audit, CaseFiles
+    from nnunetv2.annotation_audit.predictions import Fold
 
 PREDICTIONS = "predictions"
 _SHOWN = 20
@@ -121,15 +122,12 @@ def audit_annotations(
         InvalidInputError: There is no such model, or it is one for other labels or channels.
         FileNotFoundError: There is no raw dataset.
     """
-    from nnunetv2.annotation_audit.audit import CaseFiles, compare_files, name_classes, rank
-    from nnunetv2.annotation_audit.predictions import find_folds, find_model_folder, plan_predictions, predict_missing
-    from nnunetv2.annotation_audit.report import HTML_FILE, write_page, write_tables
-    from nnunetv2.errors import InvalidInputError
+    from nnunetv2.annotation_audit.audit import compare_files, name_classes, rank
+    from nnunetv2.annotation_audit.report import write_page, write_tables
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-    from nnunetv2.paths import nnUNet_raw, nnUNet_results
+    from nnunetv2.paths import nnUNet_raw
     from nnunetv2.plans.label_manager import LabelManager
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
-    from nnunetv2.utilities.device import resolve_device, set_torch_threads
     from nnunetv2.utilities.json_files import DATASET, read_json
     from nnunetv2.utilities.map_cases import map_cases
 
@@ -138,53 +136,23 @@ def audit_annotations(
     if not (raw / "dataset.json").is_file():
         raise FileNotFoundError(f"{raw / 'dataset.json'} is missing: labels and images are read from the raw dataset")
     dataset_json = read_json(raw / "dataset.json", required=DATASET)
-    file_ending = dataset_json["file_ending"]
-    if model_folder is None:
-        folder = find_model_folder(
-            Path(nnUNet_results.require()),
-            dataset,
-            trainer=trainer,
-            plans=plans,
-            configuration=configuration,
-            checkpoint=checkpoint,
-        )
-    else:
-        folder = Path(model_folder)
-    folds = find_folds(folder, checkpoint)
-    if not folds:
-        raise InvalidInputError(f"{folder} is no model folder: it has no fold with a {checkpoint}")
+    folder, folds = _find_model(dataset, trainer, plans, configuration, model_folder, checkpoint)
     _require_same_task(read_json(folder / "dataset.json", required=DATASET), dataset_json, folder, raw)
     cases = _labelled_cases(raw, dataset_json)
-    if not cases:
-        raise InvalidInputError(f"{raw} has no labelled cases")
-    without = [case for case, entry in cases.items() if not entry["images"]]
-    if without:
-        raise InvalidInputError(f"{raw / 'dataset.json'}: case {without[0]} has no image: list one per channel")
     target = folder / "annotation_audit" if output is None else Path(output)
-    (target / PREDICTIONS).mkdir(parents=True, exist_ok=True)
 
-    planned = plan_predictions(
-        cases, folder=folder, folds=folds, splits=_read_splits(dataset), file_ending=file_ending, is_unseen=is_unseen
+    files = _predict_cases(
+        cases,
+        dataset,
+        folder=folder,
+        folds=folds,
+        checkpoint=checkpoint,
+        is_unseen=is_unseen,
+        file_ending=dataset_json["file_ending"],
+        output=target / PREDICTIONS,
+        num_processes=num_processes,
+        device_name=device_name,
     )
-    if any(plan.file is None for plan in planned.values()):
-        device = resolve_device(device_name)
-        set_torch_threads(device.type)
-        predictions = predict_missing(
-            planned,
-            {case: entry["images"] for case, entry in cases.items()},
-            folder=folder,
-            checkpoint=checkpoint,
-            output=target / PREDICTIONS,
-            file_ending=file_ending,
-            device=device,
-            num_processes=num_processes,
-        )
-    else:
-        predictions = {case: plan.file for case, plan in planned.items() if plan.file is not None}
-    files = {
-        case: CaseFiles(entry["label"], str(predictions[case]), entry["images"], planned[case].is_seen)
-        for case, entry in cases.items()
-    }
     reader = determine_reader_writer_from_dataset_json(
         dataset_json, next(iter(cases.values()))["images"][0], allow_nonmatching_filename=True, verbose=False
     )()
@@ -199,6 +167,85 @@ def audit_annotations(
     audit = rank(compared, files, dataset=dataset, model=str(folder), classes=classes, false_alarms=false_alarms)
     write_tables(audit, target)
     write_page(audit, target, reader, num_pictures=num_pictures)
+    _show_result(audit, target)
+    return int(bool(audit.failed))
+
+
+def _find_model(
+    dataset: str, trainer: str, plans: str, configuration: str | None, model_folder: str | None, checkpoint: str
+) -> tuple[Path, list[Fold]]:
+    """Return the folder of the model and its trained folds.
+
+    Raises:
+        InvalidInputError: There is no such model.
+    """
+    from nnunetv2.annotation_audit.predictions import find_folds, find_model_folder
+    from nnunetv2.errors import InvalidInputError
+    from nnunetv2.paths import nnUNet_results
+
+    if model_folder is None:
+        folder = find_model_folder(
+            Path(nnUNet_results.require()),
+            dataset,
+            trainer=trainer,
+            plans=plans,
+            configuration=configuration,
+            checkpoint=checkpoint,
+        )
+    else:
+        folder = Path(model_folder)
+    folds = find_folds(folder, checkpoint)
+    if not folds:
+        raise InvalidInputError(f"{folder} is no model folder: it has no fold with a {checkpoint}")
+    return folder, folds
+
+
+def _predict_cases(
+    cases: Mapping[str, Mapping[str, Any]],
+    dataset: str,
+    *,
+    folder: Path,
+    folds: Sequence[Fold],
+    checkpoint: str,
+    is_unseen: bool,
+    file_ending: str,
+    output: Path,
+    num_processes: int,
+    device_name: str,
+) -> dict[str, CaseFiles]:
+    """Return the files of every case; predictions that no training has left are made in `output`."""
+    from nnunetv2.annotation_audit.audit import CaseFiles
+    from nnunetv2.annotation_audit.predictions import plan_predictions, predict_missing
+    from nnunetv2.utilities.device import resolve_device, set_torch_threads
+
+    output.mkdir(parents=True, exist_ok=True)
+    planned = plan_predictions(
+        cases, folder=folder, folds=folds, splits=_read_splits(dataset), file_ending=file_ending, is_unseen=is_unseen
+    )
+    predictions = {case: plan.file for case, plan in planned.items() if plan.file is not None}
+    if len(predictions) < len(planned):
+        device = resolve_device(device_name)
+        set_torch_threads(device.type)
+        predictions = predict_missing(
+            planned,
+            {case: entry["images"] for case, entry in cases.items()},
+            folder=folder,
+            checkpoint=checkpoint,
+            output=output,
+            file_ending=file_ending,
+            device=device,
+            num_processes=num_processes,
+        )
+    return {
+        case: CaseFiles(entry["label"], str(predictions[case]), entry["images"], planned[case].is_seen)
+        for case, entry in cases.items()
+    }
+
+
+def _show_result(audit: Audit, target: Path) -> None:
+    """Print the most doubtful cases, those that could not be compared, and where the report lies."""
+    from nnunetv2.annotation_audit.report import HTML_FILE
+
     show(f"{len(audit.doubtful)} of {len(audit.cases)} cases are doubtful (score above {audit.cut:.2f})")
     for case in audit.doubtful[:_SHOWN]:
         show(f"  {case.score:6.1f}  {case.case}: {case.reason}")
@@ -207,18 +254,29 @@ def audit_annotations(
     for name, reason in audit.failed.items():
         show(f"  not compared: {name}: {reason}")
     show(f"Pictures and tables: {target / HTML_FILE}")
-    return int(bool(audit.failed))
 
 
 def _labelled_cases(raw: Path, dataset_json: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the files of all labelled cases but those left out as bad ones."""
+    """Return the files of all labelled cases but those left out as bad ones.
+
+    Raises:
+        InvalidInputError: There is none, or one has no image.
+    """
+    from nnunetv2.errors import InvalidInputError
     from nnunetv2.paths import nnUNet_preprocessed
     from nnunetv2.preprocessed_data.bad_cases import list_training_cases
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    if not nnUNet_preprocessed.is_set():
-        return get_filenames_of_train_images_and_targets(str(raw), dataset_json)
-    return list_training_cases(raw, Path(nnUNet_preprocessed) / raw.name, dataset_json)
+    if nnUNet_preprocessed.is_set():
+        cases = list_training_cases(raw, Path(nnUNet_preprocessed) / raw.name, dataset_json)
+    else:
+        cases = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    if not cases:
+        raise InvalidInputError(f"{raw} has no labelled cases")
+    without = [case for case, entry in cases.items() if not entry["images"]]
+    if without:
+        raise InvalidInputError(f"{raw / 'dataset.json'}: case {without[0]} has no image: list one per channel")
+    return cases
 
 
 def _read_splits(dataset: str) -> list[Mapping[str, Sequence[str]]]:

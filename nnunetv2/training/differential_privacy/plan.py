@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from nnunetv2.federated.privacy import accounting
 from nnunetv2.federated.privacy.accounting import NoisySteps
-from nnunetv2.federated.privacy.ledger import BudgetError, Ledger
+from nnunetv2.federated.privacy.ledger import Budget, BudgetError, Ledger
 from nnunetv2.training.differential_privacy.options import LARGEST_LOT, PrivacyOptions
 
 LEAST_LEFT = 0.05
@@ -85,42 +85,22 @@ def make_plan(
         ValueError: More patients are asked for in each step than there are, or delta says nothing.
     """
     dataset = ledger.path.parent.name
-    budget = ledger.budget
-    if budget is None:
-        raise BudgetError(
-            f"{dataset} has no privacy budget yet: somebody has to allow one, such as "
-            f"nnUNetv2_fed_privacy -d {dataset} --budget 8 {1 / (10 * num_patients):.2g} --by NAME"
-        )
-    if budget.delta >= 1 / num_patients:
-        raise ValueError(
-            f"the budget's delta of {budget.delta:g} would allow to publish one of {num_patients} patients: choose "
-            f"{1 / (10 * num_patients):.2g} or less (nnUNetv2_fed_privacy -d {dataset} --budget)"
-        )
-    limit = budget.epsilon if options.epsilon is None else options.epsilon
-    if limit > budget.epsilon:
-        raise BudgetError(
-            f"--dp_epsilon {limit:g} is more than the budget of {dataset}, epsilon {budget.epsilon:g}: raise the "
-            f"budget first, nnUNetv2_fed_privacy -d {dataset} --budget {limit:g} {budget.delta:g} --by NAME"
-        )
+    budget, limit = _limits(options, ledger, num_patients=num_patients)
     lot = options.lot or max(1, min(LARGEST_LOT, num_patients // 4))
     if lot > num_patients:
         raise ValueError(f"--dp_lot {lot} is more than the {num_patients} patients of the training split")
     rate = lot / num_patients
     spent = ledger.spent
-    now = accounting.epsilon_of(spent, budget.delta)
     sigma: float | None
     if not epochs:  # the training is over: it may have spent everything, and its record keeps the noise that it had
         sigma = sigma_before or options.sigma or accounting.LARGEST_SIGMA
     elif options.sigma is not None:
         sigma = options.sigma
-    elif sigma_before is None and limit - now < LEAST_LEFT * limit:
-        sigma = None
     else:
         count = (epochs + spare_epochs(epochs)) * steps
-        sigma = accounting.find_sigma(spent, rate=rate, count=count, epsilon=limit, delta=budget.delta)
-        if sigma is not None and sigma_before is not None and sigma > RUINOUS * sigma_before:
-            sigma = None
+        sigma = _find_sigma(spent, rate, count, epsilon=limit, delta=budget.delta, sigma_before=sigma_before)
     if sigma is None:
+        now = accounting.epsilon_of(spent, budget.delta)
         raise BudgetError(
             f"the patients of {dataset} are at epsilon {now:.4g} of {limit:g}: nothing is left for {training}. "
             "Raise --dp_epsilon or the budget (nnUNetv2_fed_privacy)"
@@ -144,6 +124,46 @@ def make_plan(
         limit=limit,
         delta=budget.delta,
     )
+
+
+def _limits(options: PrivacyOptions, ledger: Ledger, *, num_patients: int) -> tuple[Budget, float]:
+    """Return the budget and the epsilon that a training may reach.
+
+    Raises:
+        BudgetError: Nobody has allowed a budget, or more is asked for than it has.
+        ValueError: Its delta says nothing about so many patients.
+    """
+    dataset = ledger.path.parent.name
+    budget = ledger.budget
+    if budget is None:
+        raise BudgetError(
+            f"{dataset} has no privacy budget yet: somebody has to allow one, such as "
+            f"nnUNetv2_fed_privacy -d {dataset} --budget 8 {1 / (10 * num_patients):.2g} --by NAME"
+        )
+    if budget.delta >= 1 / num_patients:
+        raise ValueError(
+            f"the budget's delta of {budget.delta:g} would allow to publish one of {num_patients} patients: choose "
+            f"{1 / (10 * num_patients):.2g} or less (nnUNetv2_fed_privacy -d {dataset} --budget)"
+        )
+    limit = budget.epsilon if options.epsilon is None else options.epsilon
+    if limit > budget.epsilon:
+        raise BudgetError(
+            f"--dp_epsilon {limit:g} is more than the budget of {dataset}, epsilon {budget.epsilon:g}: raise the "
+            f"budget first, nnUNetv2_fed_privacy -d {dataset} --budget {limit:g} {budget.delta:g} --by NAME"
+        )
+    return budget, limit
+
+
+def _find_sigma(
+    spent: Sequence[NoisySteps], rate: float, count: int, *, epsilon: float, delta: float, sigma_before: float | None
+) -> float | None:
+    """Return the noise multiplier with which so many steps fit; None if they do not, or only with ruinous noise."""
+    if sigma_before is None and epsilon - accounting.epsilon_of(spent, delta) < LEAST_LEFT * epsilon:
+        return None
+    sigma = accounting.find_sigma(spent, rate=rate, count=count, epsilon=epsilon, delta=delta)
+    if sigma is not None and sigma_before is not None and sigma > RUINOUS * sigma_before:
+        return None
+    return sigma
 
 
 def _over_budget(
