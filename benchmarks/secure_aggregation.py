@@ -277,13 +277,13 @@ class MeasuredSite:
         """Mask and send."""
         masked = self.participant._masked
         numbers = masked._numbers(plan, weights, messages.Update(metrics={"train_losses": -0.5}))
-        masked._masking.upload(keys.UploadKey(RUN, number), plan.sum, numbers, masked._weight)
+        self.sent = masked._masking.upload(keys.UploadKey(RUN, number), plan.sum, numbers, masked._weight)
 
     def finish(self, number: int, plan: RoundPlan) -> Mapping[str, np.ndarray]:
         """Take the other two steps, and return the average."""
         masked = self.participant._masked
         upload, survivors = keys.UploadKey(RUN, number), keys.SurvivorsKey(RUN, number)
-        document = masked._masking.unmask(upload, survivors, keys.RoundKey(RUN, number), plan.sum)
+        document = masked._masking.unmask(upload, survivors, keys.RoundKey(RUN, number), plan.sum, self.sent)
         masked._outbox.drop(str(upload))
         return self.participant._read(document)
 

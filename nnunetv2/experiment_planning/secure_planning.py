@@ -279,8 +279,8 @@ class SecurePooling:
         def fill(words: np.ndarray) -> None:
             words[:] = vector()
 
-        self._masking.upload(upload_key, found, {SUM: fill}, 1)
-        message = self._masking.unmask(upload_key, survivors_key, key, found).message
+        sent = self._masking.upload(upload_key, found, {SUM: fill}, 1)
+        message = self._masking.unmask(upload_key, survivors_key, key, found, sent).message
         self._outbox.drop(str(upload_key))
         return message
 

@@ -10,14 +10,15 @@ are not sent: their tensors keep their values.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 
 from nnunetv2.federated.errors import RefusedError, WireError
-from nnunetv2.federated.exchanges.masked_codecs import MaskedCodec, masked_codec_of
+from nnunetv2.federated.exchanges.masked_codecs import masked_codec_of
 from nnunetv2.federated.privacy.secure_aggregation.key_agreement import digest_of
 from nnunetv2.federated.privacy.secure_aggregation.protocol import Cohort, Lane, check_size, threshold_of
 from nnunetv2.federated.protocol.api import FederationSettings, SettingsChange
@@ -131,17 +132,17 @@ class Group:
     """Their canonical names, sorted."""
 
 
-def groups_of(shared: Mapping[str, Mapping[str, str]], cohort: Iterable[str], *, least: int) -> tuple[Group, ...]:
+def groups_of(shared: Mapping[str, Collection[str]], cohort: Iterable[str], *, least: int) -> tuple[Group, ...]:
     """Group shared tensors by the sites of a cohort that hold them.
 
     Args:
-        shared: Canonical name -> site -> its own name, as in a match.
+        shared: Canonical name -> sites, as in a match.
         least: Groups of fewer sites are left out.
     """
     present = frozenset(cohort)
     tensors: dict[tuple[str, ...], list[str]] = {}
     for name in sorted(shared):
-        holders = tuple(sorted(present & shared[name].keys()))
+        holders = tuple(sorted(present.intersection(shared[name])))
         if len(holders) >= least:
             tensors.setdefault(holders, []).append(name)
     named = {digest_of(*(site.encode() for site in holders)).hex()[:16]: holders for holders in tensors}
@@ -157,6 +158,36 @@ def check_groups(shared: Mapping[str, Mapping[str, str]]) -> None:
             "Plan with --federated at all sites, so that their networks are the same.",
             code="too_many_groups",
         )
+
+
+def sites_alike(match: Match, cohort: Iterable[str], site: str) -> tuple[str, ...]:
+    """Return the sites of a cohort that get no tensor which a site does not get, itself among them.
+
+    Its masks are bound to all that these start from. Others have tensors which it cannot compare: a coordinator that
+    lies could send bad ones, so that they learn nothing, and what they add to a sum would be known.
+    """
+    others = {other for sites in match.receivers().values() if site not in sites for other in sites}
+    return tuple(sorted(set(cohort) - others))
+
+
+def match_digest(match: Match, cohort: Iterable[str]) -> bytes:
+    """Return the digest of all that a match says of the sites of a cohort.
+
+    Sites that were told different things would not compare the same tensors.
+    """
+    present = frozenset(cohort)
+
+    def of_cohort(names: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+        found = {name: {site: sites[site] for site in sites if site in present} for name, sites in names.items()}
+        return {name: sites for name, sites in found.items() if sites}
+
+    about = {
+        **match.model_dump(mode="json", include={"rule", "weighting", "precision", "exchange_every"}),
+        "shared": of_cohort(match.shared),
+        "received": of_cohort(match.received),
+        "annotated": {site: list(match.annotated[site]) for site in sorted(present & match.annotated.keys())},
+    }
+    return digest_of(canonical_json(about))
 
 
 # ----------------------------------------------------------------------------------------------------------- rounds
@@ -199,45 +230,42 @@ def plan_round(
         read: Canonical name -> values of that aggregate, as sites download them.
         read_before: The same of the aggregate before it; None if there is none.
         weights: Site -> what it counts, as far as it is known.
-        training: See `training_digest`; sites only.
+        training: Digest of all else that decides what the sites of the cohort train; sites only.
     """
     codec, cohort = masked_codec_of(match.precision), cohort_of(federation, str(key), match.keys, begin.cohort)
     exponents: dict[str, int] = {}
+    digests: dict[str, bytes] = {}
+    for name in sorted(match.shared.keys() & specs.keys()):
+        values = read(name)
+        exponents[name] = codec.exponent(values, None if read_before is None else read_before(name))
+        digests[name] = digest_of(str(exponents[name]).encode(), _digest_of(name, values))
     lanes = [
         Lane(CHANGES, cohort.sites, "U64", 2, str(begin.typical_change).encode()),
         *(Lane(name, cohort.sites, "U64", len(metrics)) for name, metrics in FIGURES.items()),
     ]
-    groups, starts = [], [(cohort.sites, training)]
-    for group in groups_of(match.shared, begin.cohort, least=2):
+    groups, scale = groups_of(match.shared, begin.cohort, least=least), str(begin.weight_bits).encode()
+    for group in groups:
         known = [name for name in group.tensors if name in specs]
-        reference = b""
+        reference = digest_of(scale, *(digests[name] for name in known)) if known else b""
+        lanes.append(Lane(group.name, group.holders, codec.dtype, sum(specs[name].size for name in known), reference))
+    starts = ((cohort.sites, digest_of(training, scale)), *_starts(match, cohort, digests))
+    secure_sum = SecureSum(cohort, tuple(lanes), least, dict(weights), starts)
+    return RoundPlan(secure_sum, groups, exponents, begin.weight_bits, begin.typical_change)
+
+
+def _starts(match: Match, cohort: Cohort, digests: Mapping[str, bytes]) -> Iterator[tuple[tuple[str, ...], bytes]]:
+    """Yield which sites get tensors in common, also those that some of them do not send, and a digest of these."""
+    for group in groups_of(match.receivers(), cohort.sites, least=2):
+        known = [digests[name] for name in group.tensors if name in digests]
         if known:
-            reference = _reference(known, codec, read, read_before, exponents, begin.weight_bits)
-            starts.append((group.holders, reference))
-        if len(group.holders) >= least:
-            groups.append(group)
-            size = sum(specs[name].size for name in known)
-            lanes.append(Lane(group.name, group.holders, codec.dtype, size, reference))
-    secure_sum = SecureSum(cohort, tuple(lanes), least, dict(weights), tuple(starts))
-    return RoundPlan(secure_sum, tuple(groups), exponents, begin.weight_bits, begin.typical_change)
+            yield group.holders, digest_of(*known)
 
 
-def _reference(
-    names: Iterable[str],
-    codec: MaskedCodec,
-    read: Callable[[str], np.ndarray],
-    read_before: Callable[[str], np.ndarray] | None,
-    exponents: dict[str, int],
-    weight_bits: int,
-) -> bytes:
-    """Return the digest of what a group starts from; note the exponents of its tensors."""
-    digest = hashlib.sha256(weight_bits.to_bytes(8, "little"))
-    for name in names:
-        values = np.ascontiguousarray(read(name))
-        exponents[name] = codec.exponent(values, None if read_before is None else read_before(name))
-        about = digest_of(name.encode(), values.dtype.str.encode(), str(exponents[name]).encode())
-        digest.update(about)
-        digest.update(values.reshape(-1).view(np.uint8).data)
+def _digest_of(name: str, values: np.ndarray) -> bytes:
+    """Return the digest of a tensor and its name."""
+    held = np.ascontiguousarray(values)
+    digest = hashlib.sha256(digest_of(name.encode(), held.dtype.str.encode()))
+    digest.update(held.reshape(-1).view(np.uint8).data)
     return digest.digest()
 
 
@@ -282,7 +310,7 @@ def plan_validation(
         sites: The contributors of the round.
         num_classes: Classes or regions that are counted; see `num_classes_of`.
         validated: Canonical name -> values of the aggregate, as a site has downloaded them; sites only.
-        training: See `training_digest`; sites only.
+        training: See `plan_round`; sites only.
     """
     cohort = cohort_of(federation, str(key), match.keys, sites)
     counted = (
@@ -290,12 +318,9 @@ def plan_validation(
         for group in count_groups(match, cohort.sites, num_classes, least=least)
     )
     lanes = (*counted, Lane(LOSS, cohort.sites, "U64", 1))
-    starts = (
-        (group.holders, _digest_of(known, validated))
-        for group in groups_of(match.shared, cohort.sites, least=2)
-        if (known := [name for name in group.tensors if name in validated])
-    )
-    return SecureSum(cohort, lanes, least, dict(weights), ((cohort.sites, training), *starts))
+    digests = {name: _digest_of(name, values) for name, values in validated.items()}
+    starts = ((cohort.sites, training), *_starts(match, cohort, digests))
+    return SecureSum(cohort, lanes, least, dict(weights), starts)
 
 
 @dataclass(frozen=True)
@@ -349,16 +374,6 @@ def training_digest(settings: FederationSettings) -> bytes:
     """
     fixed = settings.model_dump(mode="json", exclude={"sites", *SettingsChange.model_fields})
     return digest_of(canonical_json(fixed))
-
-
-def _digest_of(names: Iterable[str], values: Mapping[str, np.ndarray]) -> bytes:
-    """Return the digest of tensors by their names."""
-    digest = hashlib.sha256()
-    for name in names:
-        one = np.ascontiguousarray(values[name])
-        digest.update(digest_of(name.encode(), one.dtype.str.encode()))
-        digest.update(one.reshape(-1).view(np.uint8).data)
-    return digest.digest()
 
 
 def num_classes_of(labels: Mapping[str, int | tuple[int, ...]]) -> int:

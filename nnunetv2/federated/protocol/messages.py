@@ -509,6 +509,10 @@ class Match(WithPrecision, Message):
         """Return the same of all tensors that it gets, those that it sends included."""
         return self.names_at(site) | {name: sites[site] for name, sites in self.received.items() if site in sites}
 
+    def receivers(self) -> dict[str, frozenset[str]]:
+        """Return canonical name -> all sites that get a tensor, whether they send it or not."""
+        return {name: frozenset({*sites, *self.received.get(name, ())}) for name, sites in self.shared.items()}
+
 
 class EarlierMetrics(Part):
     """Measurements of an earlier round that were made after its update had left."""

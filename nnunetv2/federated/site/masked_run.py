@@ -29,13 +29,17 @@ from nnunetv2.federated.exchanges.secure_sums import (
     RoundPlan,
     SecureSum,
     count_groups,
+    match_digest,
     num_classes_of,
     plan_round,
     plan_validation,
+    sites_alike,
     training_digest,
 )
 from nnunetv2.federated.privacy.cryptography_library import require_cryptography
+from nnunetv2.federated.privacy.require_secure import VARIABLE, required_k
 from nnunetv2.federated.privacy.secure_aggregation.fixed_point import CHANGE_BITS, encode_figure
+from nnunetv2.federated.privacy.secure_aggregation.key_agreement import digest_of
 from nnunetv2.federated.privacy.trust import trust_mode
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import FederationSettings
@@ -52,6 +56,9 @@ Weights = Mapping[str, np.ndarray]
 START_ANEW_VARIABLE = "nnUNet_fed_start_anew"
 """Names the run that begins anew, with which a person says that this is so."""
 _BLOCK = 1 << 15
+OPERATORS_AFFAIR = frozenset({"round_spent", "false_envelope"})
+"""Refusals with which a training waits for the round's result: with a quorum the others go on, else the operator closes
+the round without one."""
 LARGEST_CHANGE = 7.0
 """Distances are cut to it: a site that moves farther is conspicuous anyway."""
 
@@ -65,6 +72,7 @@ class MaskedRun:
         settings: Those that the training obeys, and to which its masks are bound.
         run: Name of the run.
         report: Told in a line what people at this site should know.
+        expects_equal: The networks of all sites are to be the same, since they were planned together.
         credential_file: Beside which this site keeps its identity, keys and outbox. None: that of this machine.
     """
 
@@ -76,6 +84,7 @@ class MaskedRun:
         *,
         run: str,
         report: Callable[[str], object],
+        expects_equal: bool = False,
         credential_file: Path | None = None,
     ) -> None:
         require_cryptography("a federation whose updates are masked")
@@ -88,7 +97,10 @@ class MaskedRun:
         assert settings.secure is not None, "updates are masked"
         self._least = settings.secure.k
         self._weighting, self._num_rounds = settings.weighting, settings.num_rounds
-        self._training = training_digest(settings)
+        self._settings = training_digest(settings)
+        self._needs_alike = expects_equal or required_k() is not None
+        """Whether sites with other networks do not count for the smallest sum."""
+        self._is_alone_told = False
         self._outbox = Outbox(secure_folder(credential.federation, f"runs/{run}", credential_file))
         self._registered: frozenset[str] = frozenset()
         self._trusted: Mapping[str, messages.SignedKey] = {}
@@ -96,8 +108,8 @@ class MaskedRun:
         """The last two that were downloaded, the newest one last."""
         self.is_over = False
         """Whether the last round of the run is known to be closed."""
-        self._unfinished: list[tuple[int, SecureSum]] = []
-        """Validations whose counts were sent, and not unmasked yet."""
+        self._unfinished: list[tuple[int, SecureSum, frozenset[str]]] = []
+        """Validations whose counts were sent, and not unmasked yet: round, sums, lanes that were sent."""
 
     # ---------------------------------------------------------------------------------------------- registration
     def sign_registration(
@@ -155,11 +167,13 @@ class MaskedRun:
             registered: Sites that were there when the run was registered; others were admitted.
 
         Raises:
-            RefusedError: A key is not that of its site; see `roster.trusted_keys`.
+            RefusedError: A key is not that of its site; see `roster.trusted_keys`. `sum_too_small`: a tensor is shared
+                by fewer sites than a sum is to have.
             MatchingError: A tensor goes by another one's name, so that its site would learn nothing, or next to it.
         """
-        names = match.names_at(self.site)
+        names = match.received_by(self.site)
         check_names(names, registration.tensors, rule=match.rule)
+        self._check_enough_share(match, names)
         self.match = match
         self._registered = frozenset(registered)
         self._registration = registration
@@ -171,6 +185,45 @@ class MaskedRun:
         secrets = SiteKeys(load_identity(self._credential_file), private.private_bytes_raw())
         self._masking = Masking(self.transport, site=self.site, keys=secrets, outbox=self._outbox)
         self._trust(match.keys)
+
+    def _check_enough_share(self, match: messages.Match, names: Collection[str]) -> None:
+        """Refuse tensors of so few sites that nobody could compare them."""
+        few = sorted(name for name in names if len(match.shared[name]) < self._least)
+        if few:
+            raise RefusedError(
+                f"the coordinator takes tensor {few[0]} for shared among {len(match.shared[few[0]])} sites "
+                f"({len(few)} in all), and nothing is summed over fewer than {self._least}: nothing was sent",
+                "Use matching versions; else show this to the coordinating site.",
+                code="sum_too_small",
+            )
+
+    def _check_alike(self, cohort: Collection[str]) -> None:
+        """Refuse a cohort of which too few sites start from nothing but what this site compares, or say so.
+
+        Raises:
+            RefusedError: `networks_differ`: so it is, and the networks are to be the same, or this site requires it.
+        """
+        alike = sites_alike(self.match, cohort, self.site)
+        if len(alike) >= self._least:
+            return
+        found = (
+            f"the networks of {', '.join(sorted({*cohort} - {*alike}))} have tensors that this site cannot compare: a "
+            f"coordinator that lies could learn the sum of {', '.join(alike)} alone"
+        )
+        if self._needs_alike:
+            raise RefusedError(
+                f"{found}, and this site is summed with {self._least} or more: nothing was sent",
+                "Plan with --federated at all sites, so that their networks are the same. Where they are to differ, "
+                f"plan with --federated asym, and without {VARIABLE}.",
+                code="networks_differ",
+            )
+        if not self._is_alone_told:
+            self._report(f"Beware: {found}. One that keeps to the protocol learns sums of {self._least} sites or more")
+            self._is_alone_told = True
+
+    def _training(self, cohort: Collection[str]) -> bytes:
+        """Return the digest of what decides how the sites of a cohort train, besides weights."""
+        return digest_of(self._settings, match_digest(self.match, cohort))
 
     def _trust(self, signed: Mapping[str, messages.SignedKey]) -> None:
         """Accept the keys of the run's sites, or refuse them."""
@@ -221,10 +274,11 @@ class MaskedRun:
         try:
             document = self._take_part(key, upload_key, plan, weights, update)
         except RefusedError as error:
-            if error.code != "round_spent":
+            if error.code not in OPERATORS_AFFAIR:
                 raise
             self._report(str(error))
-            self.transport.report_failure(self.run, number, error.code)  # with a quorum, the others go on
+            reason = error.code if error.code == "round_spent" else str(error)  # which may name a site
+            self.transport.report_failure(self.run, number, reason)  # with a quorum, the others go on
             return self.transport.result(key)
         message = document.message
         assert isinstance(message, messages.Aggregate) and message.round is not None
@@ -239,9 +293,9 @@ class MaskedRun:
         self, key: keys.RoundKey, upload_key: keys.UploadKey, plan: RoundPlan, weights: Weights, update: messages.Update
     ) -> Document[messages.Aggregate]:
         self._outbox.drop_others([str(upload_key)])
-        self._masking.upload(upload_key, plan.sum, self._numbers(plan, weights, update), self._weight)
+        sent = self._masking.upload(upload_key, plan.sum, self._numbers(plan, weights, update), self._weight)
         survivors_key = keys.SurvivorsKey(self.run, key.number)
-        return self._masking.unmask(upload_key, survivors_key, key, plan.sum)
+        return self._masking.unmask(upload_key, survivors_key, key, plan.sum, sent)
 
     def _plan(self, key: keys.RoundKey) -> RoundPlan | None:
         """Return what is added up in a round; None if this site is not of its cohort."""
@@ -257,9 +311,10 @@ class MaskedRun:
         if self.site not in start.next_round.cohort:
             return None
         self._meet(start.next_round.cohort)
+        self._check_alike(start.next_round.cohort)
         return plan_round(
             key,
-            training=self._training,
+            training=self._training(start.next_round.cohort),
             federation=self._credential.federation,
             match=self.match,
             specs=self._specs,
@@ -353,9 +408,10 @@ class MaskedRun:
         if validated is None:
             return f"the aggregate of round {number} is not the last one that this site has downloaded"
         try:
+            self._check_alike(aggregate.contributors)
             plan = plan_validation(
                 key,
-                training=self._training,
+                training=self._training(aggregate.contributors),
                 federation=self._credential.federation,
                 match=self.match,
                 sites=aggregate.contributors,
@@ -377,10 +433,10 @@ class MaskedRun:
             if loss is not None:
                 numbers[LOSS] = _fill_with(loss)
             upload_key = keys.ValidationUploadKey(self.run, number)
-            self._masking.upload(upload_key, plan, numbers, self._weight, patience_s=VALIDATION_PATIENCE_S)
+            sent = self._masking.upload(upload_key, plan, numbers, self._weight, patience_s=VALIDATION_PATIENCE_S)
         except FederationError as error:
             return str(error)
-        self._unfinished.append((number, plan))
+        self._unfinished.append((number, plan, sent))
         return self.finish_validations(wait_s=VALIDATION_PATIENCE_S) if is_last else None
 
     def finish_validations(self, *, wait_s: float) -> str | None:
@@ -390,11 +446,11 @@ class MaskedRun:
             wait_s: How long to wait for the others.
         """
         unfinished, self._unfinished = self._unfinished, []
-        for number, plan in unfinished:
+        for number, plan, sent in unfinished:
             upload_key = keys.ValidationUploadKey(self.run, number)
             survivors_key, key = keys.ValidationSurvivorsKey(self.run, number), keys.ValidationKey(self.run, number)
             try:
-                self._masking.unmask(upload_key, survivors_key, key, plan, wait_s=wait_s)
+                self._masking.unmask(upload_key, survivors_key, key, plan, sent, wait_s=wait_s)
                 self._outbox.drop(str(upload_key))
             except FederationError as error:
                 return f"validation of round {number}: {error}"

@@ -6,7 +6,7 @@ twice, also after a crash, is in `outbox.py`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ class Masking:
         weight: int,
         *,
         patience_s: float | None = None,
-    ) -> None:
+    ) -> frozenset[str]:
         """Mask the numbers of this site, unless that was done before, and send them.
 
         Args:
@@ -87,6 +87,9 @@ class Masking:
             numbers: Lane -> what fills its words. Called once, before anything leaves.
             weight: What this site counts.
             patience_s: See `Transport.contribute`.
+
+        Returns:
+            The names of the lanes that were sent.
 
         Raises:
             RefusedError: `round_spent`: something else was masked for this exchange before.
@@ -102,6 +105,7 @@ class Masking:
         with document:
             tensors = {name: document.read(name) for name in document.specs}
             self.transport.contribute(key, document.message, tensors, patience_s=patience_s)
+            return frozenset(document.message.lanes)
 
     def _mask(
         self,
@@ -135,6 +139,7 @@ class Masking:
         survivors_key: Confirmations,
         key: ExchangeKey[Any, R],
         found: SecureSum,
+        sent: Collection[str],
         *,
         wait_s: float | None = None,
     ) -> Document[R]:
@@ -143,35 +148,41 @@ class Masking:
         Where the run has gone on without this site, or was stopped, that is all it gets.
 
         Args:
+            sent: Names of the lanes that this site has sent, as `upload` has returned them.
             wait_s: How long to wait for others, each time. None: as long as it takes.
 
         Raises:
             RefusedError: `second_set`, `survivors_implausible`, `survivors_unconfirmed`: the coordinator lies, or is
-                broken; nothing was given.
+                broken; nothing was given. `false_envelope`: that, or another site is.
             StillOpenError: Others have not come in time.
         """
         with self.transport.result(upload_key, wait_s=wait_s) as document:
-            sent = dict(document.message.sent) if isinstance(document.message, Survivors) else {}
+            survivors = dict(document.message.sent) if isinstance(document.message, Survivors) else {}
             envelopes = {
                 name.removeprefix(ENVELOPE).partition(".")[0]: document.read(name).tobytes()
-                for name in (document.specs if sent else ())
+                for name in (document.specs if survivors else ())
             }
-        if self.site in protocol.sites_among(sent):
-            confirmed = self._confirm(survivors_key, found, sent, wait_s)
+        if self.site in protocol.sites_among(survivors):
+            confirmed = self._confirm(survivors_key, found, survivors, sent, wait_s)
             if confirmed is not None:
-                check_confirmations(survivors_key, confirmed.signatures, found, sent, least=found.cohort.threshold)
+                check_confirmations(survivors_key, confirmed.signatures, found, survivors, least=found.cohort.threshold)
                 shares = protocol.reveal_shares(
-                    found.cohort, self.site, self.keys.private_key, found.lanes, sent, envelopes, least=found.least
+                    found.cohort, self.site, self.keys.private_key, found.lanes, survivors, envelopes, least=found.least
                 )
                 self.transport.contribute(key, UnmaskingShares(), {SHARES: shares})
         return self.transport.result(key, wait_s=wait_s)
 
     def _confirm(
-        self, key: Confirmations, found: SecureSum, survivors: protocol.Survivors, wait_s: float | None
+        self,
+        key: Confirmations,
+        found: SecureSum,
+        survivors: protocol.Survivors,
+        sent: Collection[str],
+        wait_s: float | None,
     ) -> Confirmed | None:
         """Sign the survivors, and return the signatures of the others too; None if the sum was abandoned."""
         protocol.check_survivors(
-            found.cohort, found.lanes, survivors, site=self.site, least=found.least, optional=OPTIONAL
+            found.cohort, found.lanes, survivors, site=self.site, sent=sent, least=found.least, optional=OPTIONAL
         )
         digest = protocol.survivors_digest(found.cohort, survivors)
         self.outbox.promise_survivors(str(key), digest)

@@ -63,6 +63,7 @@ class Participant:
         credential: Who this site is; needed where updates are masked.
         credential_file: Where that is; None: the one of this machine.
         report: Told in a line what people at this site should know.
+        expects_equal: See `MaskedRun`.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class Participant:
         credential: SiteCredential | None = None,
         credential_file: Path | None = None,
         report: Callable[[str], object] = lambda line: None,
+        expects_equal: bool = False,
     ) -> None:
         self.transport = transport
+        self._expects_equal = expects_equal
         self.site = site
         self.run = run
         self.match: messages.Match | None = None
@@ -150,6 +153,7 @@ class Participant:
             settings,
             run=self.run,
             report=self._report,
+            expects_equal=self._expects_equal,
             credential_file=self._credential_file,
         )
 
@@ -434,7 +438,9 @@ class Participant:
 
 
 def check_match(match: messages.Match, site: str, tensors: Mapping[str, messages.TensorEntry]) -> None:
-    """Raise WireError unless a site's shared tensors are its own and distinct.
+    """Raise WireError unless a site's shared tensors are its own and distinct, and it sends those that it trains.
+
+    A site that trains a tensor and only received it would begin each round with values that nobody else compares.
 
     Args:
         tensors: Its own name -> what it has registered.
@@ -448,6 +454,12 @@ def check_match(match: messages.Match, site: str, tensors: Mapping[str, messages
         )
     if len(set(shared)) < len(shared):
         raise WireError(f"the coordinator takes a tensor of site {site} for several: use matching versions")
+    sent = {*match.names_at(site).values()}
+    if wrong := sorted(name for name in shared if (name in sent) == bool(tensors[name].only_received)):
+        raise WireError(
+            f"tensor {wrong[0]} of site {site} is sent exactly if the site trains it; the coordinator wants it "
+            f"otherwise ({len(wrong)} of {len(shared)}): use matching versions, else show this to the coordinating site"
+        )
 
 
 def check_finite(weights: Weights) -> None:

@@ -13,7 +13,9 @@ from nnunetv2.federated.exchanges.secure_sums import (
     check_secure_settings,
     count_groups,
     groups_of,
+    match_digest,
     num_classes_of,
+    sites_alike,
 )
 from nnunetv2.federated.privacy.secure_aggregation.fixed_point import DivergedError
 from nnunetv2.federated.protocol.api import Secure
@@ -43,6 +45,35 @@ def test_names_of_groups_follow_from_the_sites_alone():
     names = [group.name for group in groups_of(SHARED, "ABCD", least=3)]
     assert names == [group.name for group in groups_of(dict(reversed(SHARED.items())), "DCBA", least=3)]
     assert all(len(name) == 16 for name in names)
+
+
+def match_of(shared, received=(), annotated=()) -> Match:
+    settings = {"rule": "name", "weighting": "cases", "precision": "float32", "exchange_every": 1}
+    return Match.model_construct(**settings, shared=shared, received=dict(received), annotated=dict(annotated))
+
+
+def test_sites_with_a_tensor_that_a_site_does_not_get_cannot_be_compared_by_it():
+    match = match_of(SHARED, {"c": {"D": "c"}})
+    assert sites_alike(match, "ABCD", "A") == ("A", "B", "C", "D")
+    assert sites_alike(match, "ABCD", "C") == ("C",)
+    assert sites_alike(match, "CD", "D") == ("D",)  # C has b
+    assert sites_alike(match_of({"a": SHARED["a"]}), "ABD", "B") == ("A", "B", "D")
+
+
+def test_what_a_match_says_of_a_cohort_is_compared_and_what_it_says_of_others_is_not():
+    digest = match_digest(match_of(SHARED), "AB")
+    assert (
+        match_digest(match_of({name: dict(reversed(sites.items())) for name, sites in SHARED.items()}), "BA") == digest
+    )
+    assert match_digest(match_of({**SHARED, "b": dict.fromkeys("AB", "b")}, {"c": {}}), "AB") == digest
+    assert match_digest(match_of(SHARED, {"c": {"D": "c"}}), "AB") == digest
+    for told in (
+        match_of({**SHARED, "b": {"A": "b"}}),
+        match_of({**SHARED, "b": {"A": "b", "B": "a"}}),
+        match_of({**SHARED, "b": {"A": "b"}}, {"b": {"B": "b"}}),
+        match_of(SHARED, annotated={"A": (1,)}),
+    ):
+        assert match_digest(told, "AB") != digest
 
 
 def test_more_sets_of_sites_than_can_be_summed_are_refused():

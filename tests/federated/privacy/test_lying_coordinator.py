@@ -372,6 +372,23 @@ def test_a_lane_that_is_shrunk_alone_is_refused(five, credulous):
     assert no_shares_were_given(five)
 
 
+def test_a_lane_that_is_named_for_another_one_is_refused(five, credulous):
+    """The shares of one lane's seeds would be given as those of the other, and both seeds of one vector be known."""
+    sites = sites_of(five, "ABCDE")
+    begin(sites)
+
+    def lie(site, message, tensors):
+        if not isinstance(message, Survivors):
+            return None
+        sent = dict(message.sent)
+        sent["earlier"] = sent.pop("training")
+        return message.model_copy(update={"sent": sent}), tensors
+
+    five.about(UploadKey(RUN, 0), lie)
+    assert set(play_against(five, sites).values()) == {"survivors_implausible"}
+    assert no_shares_were_given(five)
+
+
 def test_survivors_that_do_not_name_the_site_or_that_nobody_knows_are_refused(five):
     sites = sites_of(five, "ABCDE")
     begin(sites)
@@ -409,7 +426,8 @@ def test_a_second_set_of_survivors_to_one_site_is_refused_also_after_a_restart(f
     assert no_shares_were_given(five) or set(five.received(RoundKey(RUN, 0))) <= set("CDE")
 
 
-def test_replayed_survivors_of_another_round_are_refused(three, credulous):
+@pytest.mark.parametrize("replayed", ["survivors and signatures", "signatures"])
+def test_replayed_survivors_of_another_round_are_refused(three, credulous, replayed):
     sites = sites_of(three, "ABC")
     begin(sites)
     kept: dict[str, tuple] = {}
@@ -422,10 +440,12 @@ def test_replayed_survivors_of_another_round_are_refused(three, credulous):
     three.about(SurvivorsKey(RUN, 0), lambda site, *answer: signatures.setdefault(site, answer) and None)
     outcomes(sites, play)
     assert kept.keys() == signatures.keys() == set("ABC")
-    three.about(UploadKey(RUN, 1), lambda site, *_: kept[site])
+    if replayed != "signatures":
+        three.about(UploadKey(RUN, 1), lambda site, *_: kept[site])
     three.about(SurvivorsKey(RUN, 1), lambda site, *_: signatures[site])
     found = outcomes(sites, lambda site: play(site, 1))
-    assert {code_of(one) for one in found.values()} == {"survivors_unconfirmed"}
+    expected = "survivors_unconfirmed" if replayed == "signatures" else "survivors_implausible"  # other lanes were sent
+    assert {code_of(one) for one in found.values()} == {expected}
     assert no_shares_were_given(three, 1)
 
 
@@ -539,6 +559,57 @@ def test_different_averages_to_validate_leave_no_sum_of_counts(tmp_path, monkeyp
         sums = seeds.sums(liar, ValidationUploadKey(RUN, 0))
         assert sums.keys() == {"counts", "loss"}
         assert {cancels(words) for words in sums.values()} == {not is_lie}
+
+
+# ------------------------------------------------------------------------------------------------- what sites compare
+def only_received(match):
+    """Say that A alone trains the head, and the others receive it."""
+    shared = {**match.shared, "head.weight": {"A": "head.weight"}}
+    received = {"head.weight": {site: "head.weight" for site in match.shared["head.weight"] if site != "A"}}
+    return match.model_copy(
+        update={"shared": shared, "received": received, "initial_owner": {**match.initial_owner, "head.weight": "A"}}
+    )
+
+
+def of_one_site_each(match):
+    """Say that the heads of the sites are different tensors."""
+    shared, owners = dict(match.shared), dict(match.initial_owner)
+    owners.pop("head.weight")
+    for number, site in enumerate(shared.pop("head.weight")):
+        shared[f"head.weight#{number}"], owners[f"head.weight#{number}"] = {site: "head.weight"}, site
+    return match.model_copy(update={"shared": shared, "initial_owner": owners})
+
+
+@pytest.mark.parametrize("lie", [only_received, of_one_site_each])
+def test_a_tensor_that_is_kept_from_comparison_is_refused(three, lie):
+    """With dead values of it, the updates of the others would be known, and the sum be that of one site."""
+    sites = sites_of(three, "ABC")
+    three.about(REGISTRATION, lambda site, match, tensors: (lie(match), tensors))
+    found = outcomes(sites, lambda site: site.register())
+    assert code_of(found["A"]) == "sum_too_small"
+    assert all("head.weight" in str(one) and isinstance(one, WireError | RefusedError) for one in found.values()), found
+
+
+@pytest.mark.parametrize("is_required", [False, True])
+def test_sites_whose_networks_cannot_be_compared_do_not_count_where_they_must_be_alike(tmp_path, is_required):
+    """B, C and D have a layer more: bad values of it, sent by a liar, would leave A alone in the sum."""
+    shapes = {"encoder.weight": (40, 30), "head.weight": (2, 4)}
+    deeper = {**shapes, "decoder.weight": (5, 5)}
+    with lying(tmp_path, sites="ABCD") as liar:
+        sites = {
+            name: masked_site(liar.federation, name, seed=seed, shapes=shapes if name == "A" else deeper)
+            for seed, name in enumerate("ABCD")
+        }
+        sites["A"].participant._expects_equal = is_required
+        begin(sites)
+        if is_required:
+            assert code_of(outcomes({"A": sites["A"]}, play)["A"]) == "networks_differ"
+            assert nothing_masked_was_sent(liar, "A")
+            return
+        found = outcomes(sites, play)
+        assert all(set(one.contributors) == set("ABCD") for one in found.values()), found
+        assert any("learn the sum of A alone" in line for line in sites["A"].lines)
+        assert not any("Beware" in line for name in "BCD" for line in sites[name].lines)
 
 
 # ------------------------------------------------------------------------------------------------- the same round twice

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2.federated.errors import AggregationError, RefusedError, WireError
+from nnunetv2.federated.errors import AggregationError, RefusedError
 from nnunetv2.federated.privacy.secure_aggregation import protocol
 from nnunetv2.federated.privacy.secure_aggregation.key_agreement import generate_private_key, public_key_of
 from nnunetv2.federated.privacy.secure_aggregation.protocol import CHECK_WORDS, WORDS, Cohort, Lane
@@ -48,12 +48,19 @@ def upload(cohort, private, site, lanes, vectors, weight=1):
     return masked, shared
 
 
+def check(meeting, lanes, survivors, *, site="s0", least=K, optional=()):
+    """Check survivors at a site that has sent what they say of it."""
+    sent = [name for name, sites in survivors.items() if site in sites]
+    protocol.check_survivors(meeting.cohort, lanes, survivors, site=site, sent=sent, least=least, optional=optional)
+
+
 def unmask(meeting, lanes, uploads, survivors, answering, least=K):
     """Take steps 3 and 4; return lane -> sum with its check words, and the sites with false shares."""
     answers = {}
     for site in answering:
         optional = [lane.name for lane in lanes]
-        protocol.check_survivors(meeting.cohort, lanes, survivors, site=site, least=least, optional=optional)
+        sent = uploads[site][0].keys()
+        protocol.check_survivors(meeting.cohort, lanes, survivors, site=site, sent=sent, least=least, optional=optional)
         envelopes = {sender: uploads[sender][1].envelopes[site] for sender in protocol.sites_among(survivors)}
         answers[site] = protocol.reveal_shares(
             meeting.cohort, site, meeting.private[site], lanes, survivors, envelopes, least=least
@@ -111,7 +118,7 @@ def test_every_sum_of_enough_sites_is_exact_and_others_give_out_no_share(drawn):
     }
     if len(protocol.sites_among(survivors)) < max(K, meeting.cohort.threshold):
         with pytest.raises(RefusedError, match="cannot be"):
-            protocol.check_survivors(meeting.cohort, lanes, survivors, site=names[0], least=K)
+            check(meeting, lanes, survivors, site=names[0])
         return
     answering = rng.permutation(protocol.sites_among(survivors))[: meeting.cohort.threshold]
     sums, false = unmask(meeting, lanes, uploads, survivors, [str(site) for site in answering])
@@ -228,10 +235,29 @@ def test_an_envelope_of_another_exchange_does_not_open(five):
     meeting, lane, _, uploads = five
     later = meeting.of("runs/r/rounds/1")
     envelopes = {site: uploads[site][1].envelopes["a"] for site in meeting.names}
-    with pytest.raises(WireError, match="does not open"):
+    with pytest.raises(RefusedError, match="site a has sealed .* does not open"):
         protocol.reveal_shares(
             later, "a", meeting.private["a"], [lane], {"w": tuple(meeting.names)}, envelopes, least=K
         )
+
+
+def test_a_lane_that_is_named_for_another_one_opens_no_envelope():
+    """Its seeds would be given out as those of the other, and a site's own seed with its seeds for all others."""
+    meeting = Meeting(["a", "b", "c", "d"])
+    lanes = [Lane(name, meeting.cohort.sites, "U64", 2) for name in ("earlier", "training", "w")]
+    vectors = {"training": np.arange(2, dtype=np.uint64), "w": np.arange(2, dtype=np.uint64)}
+    uploads = {
+        site: upload(meeting.cohort, meeting.private[site], site, lanes, vectors) for site in meeting.cohort.sites
+    }
+    told = {"earlier": ("a", "b", "c"), "training": ("d",), "w": meeting.cohort.sites}  # all have sent training
+    optional, sent = ["earlier", "training"], ["training", "w"]
+    for site in ("a", "d"):
+        envelopes = {sender: uploads[sender][1].envelopes[site] for sender in meeting.names}
+        with pytest.raises(RefusedError, match="site a has sealed") as refused:
+            protocol.reveal_shares(meeting.cohort, site, meeting.private[site], lanes, told, envelopes, least=K)
+        assert refused.value.code == "false_envelope"
+    with pytest.raises(RefusedError, match="with what it has sent"):
+        protocol.check_survivors(meeting.cohort, lanes, told, site="a", sent=sent, least=K, optional=optional)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +274,7 @@ def test_an_envelope_of_another_exchange_does_not_open(five):
 def test_survivors_that_cannot_be_are_refused(five, survivors):
     meeting, lane, _, _ = five
     with pytest.raises(RefusedError) as refused:
-        protocol.check_survivors(meeting.cohort, [lane], survivors, site="a", least=K)
+        check(meeting, [lane], survivors, site="a")
     assert refused.value.code == "survivors_implausible"
 
 
@@ -268,11 +294,10 @@ def test_a_lane_that_every_site_sends_cannot_have_lost_a_site_alone():
     meeting = Meeting([f"s{number}" for number in range(5)])
     lanes = [Lane("w", meeting.cohort.sites, "U32", 4), Lane("loss", meeting.cohort.sites, "U64", 1)]
     everybody, some = meeting.cohort.sites, meeting.cohort.sites[:4]
-    check = protocol.check_survivors
-    check(meeting.cohort, lanes, {"w": everybody, "loss": some}, site="s0", least=K, optional=["loss"])
+    check(meeting, lanes, {"w": everybody, "loss": some}, optional=["loss"])
     for survivors in ({"w": some, "loss": everybody}, {"loss": everybody}):
         with pytest.raises(RefusedError, match="cannot be"):
-            check(meeting.cohort, lanes, survivors, site="s0", least=K, optional=["loss"])
+            check(meeting, lanes, survivors, optional=["loss"])
 
 
 @pytest.mark.parametrize(
@@ -284,21 +309,20 @@ def test_a_lane_that_sites_may_leave_out_lets_nobody_in_who_makes_up_the_number(
     """Three of five are too few; a fourth name in a lane that need not be whole must not make them enough."""
     meeting = Meeting([f"s{number}" for number in range(5)])
     lanes = [Lane("w", meeting.cohort.sites[:4], "U32", 4), Lane("loss", meeting.cohort.sites[:4], "U64", 1)]
-    check = protocol.check_survivors
     for survivors in ({"w": ("s0", "s1", "s2"), "loss": loss}, {"w": ("s0", "s1", "s2", "s3"), "loss": loss}):
         with pytest.raises(RefusedError, match="cannot be"):
-            check(meeting.cohort, lanes, survivors, site="s0", least=K, optional=["loss"])
+            check(meeting, lanes, survivors, optional=["loss"])
     whole = {"w": ("s0", "s1", "s2", "s3"), "loss": ("s0", "s1", "s2")}
-    check(meeting.cohort, lanes, whole, site="s0", least=K, optional=["loss"])
+    check(meeting, lanes, whole, optional=["loss"])
     with pytest.raises(RefusedError, match="cannot be"):
-        check(meeting.cohort, lanes, {**whole, "another": ("s0", "s1", "s2")}, site="s0", least=K, optional=["loss"])
+        check(meeting, lanes, {**whole, "another": ("s0", "s1", "s2")}, optional=["loss"])
 
 
 def test_where_more_sites_are_asked_for_than_unmask_fewer_are_refused():
     """Four of five unmask; a federation that sums from five sites on gives nothing for four."""
     meeting = Meeting([f"s{number}" for number in range(5)])
     lanes, four = [Lane("w", meeting.cohort.sites, "U32", 4)], meeting.cohort.sites[:4]
-    protocol.check_survivors(meeting.cohort, lanes, {"w": four}, site="s0", least=4)
+    check(meeting, lanes, {"w": four}, least=4)
     with pytest.raises(RefusedError, match="it takes 5 of"):
-        protocol.check_survivors(meeting.cohort, lanes, {"w": four}, site="s0", least=5)
+        check(meeting, lanes, {"w": four}, least=5)
     assert protocol.count_revealed(lanes, {"w": four}, 5) == 0

@@ -451,6 +451,35 @@ def test_a_site_that_answers_with_false_shares_is_named_and_the_round_goes_on(tm
         wait_until(lambda: any("the shares of site B are false" in line for line in federation.lines))
 
 
+@pytest.mark.parametrize("cheated", ["A", "ABCD"])
+def test_a_site_that_seals_what_does_not_open_is_named_and_ends_no_training(tmp_path, monkeypatch, cheated):
+    share = protocol.share_keys
+
+    def sharing(cohort, site, *arguments):
+        shared = share(cohort, site, *arguments)
+        if site != "E":
+            return shared
+        envelopes = {other: bytes(len(one)) if other in cheated else one for other, one in shared.envelopes.items()}
+        return replace(shared, envelopes=envelopes)
+
+    monkeypatch.setattr(protocol, "share_keys", sharing)
+    with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0)) as federation:
+        sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
+        start = all_join(sites)
+
+        def abandon():
+            if len(cheated) > 1:  # fewer than t can answer
+                told = "the shares that site E has sealed for this site cannot be used"
+                wait_until(lambda: sum(told in line for line in federation.lines) == len(cheated))
+                act(federation, "abandon")
+
+        *results, _ = in_threads(*(lambda site=site: site.round(0, start) for site in sites), abandon)
+        assert all(aggregate.round == 0 for _, aggregate in results), results
+        assert sorted(results[0][1].contributors) == (list(FIVE) if cheated == "A" else [])
+        if cheated == "A":
+            assert_close(results[0][0], mean_of(sites, start, 0))
+
+
 def test_a_site_that_deals_false_shares_is_named_and_its_round_can_be_abandoned(tmp_path, monkeypatch):
     share = protocol.share_keys
 

@@ -218,8 +218,11 @@ def share_keys(
     together = np.frombuffer(b"".join(seeds.values()), np.uint8).reshape(-1, SEED_BYTES)
     points = {other: cohort.point(other) for other in cohort.sites}
     shares = shamir.split(together, cohort.threshold, list(points.values()))
+    dealt = _what_is_dealt(lanes)
     envelopes = {
-        other: seal_envelope(_envelope_key(cohort, secret_with[other], site, other), shares[point].tobytes())
+        other: seal_envelope(
+            _envelope_key(cohort, secret_with[other], site, other), shares[point].tobytes(), outside=dealt
+        )
         for other, point in points.items()
     }
     return SharedKeys(seeds, envelopes, commitments_to(seeds.values()))
@@ -236,6 +239,16 @@ def commitments_to(seeds: Iterable[bytes]) -> np.ndarray:
 
 def _envelope_key(cohort: Cohort, secret: bytes, sender: str, receiver: str) -> bytes:
     return derive_key(secret, b"envelope", cohort.context, sender.encode(), receiver.encode())
+
+
+def _what_is_dealt(lanes: Iterable[Lane]) -> bytes:
+    """Return the digest of the lanes whose seeds a site deals, in the order of its shares.
+
+    Envelopes are bound to it. Otherwise a coordinator that names another lane than the site has sent would be given the
+    shares of one lane's seeds as those of another's, and so both seeds of one vector.
+    """
+    ordered = sorted(lanes, key=lambda lane: lane.name)
+    return digest_of(*(with_lengths(*(part.encode() for part in (lane.name, *lane.holders))) for lane in ordered))
 
 
 # --------------------------------------------------------------------------------------- 2 MaskedInputCollection
@@ -280,6 +293,7 @@ def check_survivors(
     survivors: Survivors,
     *,
     site: str,
+    sent: Collection[str],
     least: int,
     optional: Collection[str] = (),
 ) -> None:
@@ -287,12 +301,14 @@ def check_survivors(
 
     Args:
         site: This one.
+        sent: Names of the lanes that it has sent.
         least: Sites that a sum is to have, at least.
         optional: Names of lanes that a site may leave out. All others it sends, so that none of them can have lost
             sites alone: the sum of such a lane would have fewer than t of its sites.
 
     Raises:
-        RefusedError: There are too few of them, this site is not among them, or they are not of the cohort.
+        RefusedError: There are too few of them, this site is not among them with exactly what it has sent, or they are
+            not of the cohort.
     """
     named, holders = sites_among(survivors), {lane.name: lane.holders for lane in lanes}
     needed = max(least, cohort.threshold)
@@ -304,10 +320,11 @@ def check_survivors(
         for lane in lanes
         if lane.name not in optional
     )
-    if len(named) < needed or site not in named or not is_possible or not is_whole:
+    is_true_of_this_site = {name for name, sites in survivors.items() if site in sites} == {*sent}
+    if len(named) < needed or site not in named or not is_possible or not is_whole or not is_true_of_this_site:
         raise RefusedError(
             f"the coordinator names {', '.join(named) or 'nobody'} as the sites whose updates are to be added, which "
-            f"cannot be: it takes {needed} of {', '.join(cohort.sites)}, among them {site}",
+            f"cannot be: it takes {needed} of {', '.join(cohort.sites)}, among them {site} with what it has sent",
             "Nothing was unmasked. Show this to the coordinating site.",
             code="survivors_implausible",
         )
@@ -363,20 +380,35 @@ def reveal_shares(
         least: Sites that a sum is to have; of lanes with fewer, nothing is revealed.
 
     Raises:
-        WireError: An envelope is missing, does not open, or does not hold what it should.
+        WireError: An envelope is missing.
+        RefusedError: One does not open, or does not hold what it should (`false_envelope`): its site has sealed it
+            wrongly, or the coordinator has changed it, or what it says of that site's lanes.
     """
     shares: dict[tuple[str, SeedName], np.ndarray] = {}
     for sender in sites_among(survivors):
-        names = seed_names(sender, lanes_of(sender, lanes, survivors))
+        dealt = lanes_of(sender, lanes, survivors)
+        names = seed_names(sender, dealt)
         if sender not in envelopes:
             raise WireError(f"the envelope of site {sender} for this site is missing")
         key = _envelope_key(cohort, agree(private_key, cohort.run_keys[sender]), sender, site)
-        content = np.frombuffer(open_envelope(key, envelopes[sender]), np.uint8)
+        try:
+            content = np.frombuffer(open_envelope(key, envelopes[sender], outside=_what_is_dealt(dealt)), np.uint8)
+        except WireError as error:
+            raise _false_envelope(sender, str(error)) from error
         if content.size != SEED_BYTES * len(names):
-            raise WireError(f"the envelope of site {sender} holds {content.size} bytes, not {SEED_BYTES * len(names)}")
+            raise _false_envelope(sender, f"it holds {content.size} bytes, not {SEED_BYTES * len(names)}")
         shares.update(zip(((sender, name) for name in names), content.reshape(-1, SEED_BYTES), strict=True))
     wanted = _revealed(lanes, survivors, least)
     return np.stack([shares[one] for one in wanted]) if wanted else np.empty((0, SEED_BYTES), np.uint8)
+
+
+def _false_envelope(sender: str, problem: str) -> RefusedError:
+    return RefusedError(
+        f"the shares that site {sender} has sealed for this site cannot be used: {problem}. Nothing was unmasked",
+        f"Let the coordinating site close this exchange without a result (nnUNetv2_fed_admin abandon). If it happens "
+        f"again, site {sender} is broken or hostile (nnUNetv2_fed_admin revoke), or the coordinator is.",
+        code="false_envelope",
+    )
 
 
 def _revealed(lanes: Iterable[Lane], survivors: Survivors, least: int) -> list[tuple[str, SeedName]]:
