@@ -168,8 +168,8 @@ def add_protection_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_method_options(parser: argparse.ArgumentParser) -> None:
-    """Add what sites may do beside plain averaging."""
+def add_method_options(parser: argparse.ArgumentParser, *, with_files: bool = True) -> None:
+    """Add the options for sites that differ; `with_files`: those that name files too."""
     how = parser.add_argument_group("how sites train that differ", "Fixed by the first start.")
     how.add_argument(
         "--networks",
@@ -204,13 +204,14 @@ def add_method_options(parser: argparse.ArgumentParser) -> None:
         help="after the last round each site trains on alone, with the last N learning rates, into "
         "checkpoint_finetuned.pth (default: 0)",
     )
-    how.add_argument(
-        "--initial-weights",
-        type=Path,
-        metavar="FILE",
-        help="checkpoint whose weights all sites start from, except for the layers that output classes (default: "
-        "random weights, or those that all sites give)",
-    )
+    if with_files:
+        how.add_argument(
+            "--initial-weights",
+            type=Path,
+            metavar="FILE",
+            help="checkpoint whose weights all sites start from, except for the layers that output classes (default: "
+            "random weights, or those that all sites give)",
+        )
 
 
 def method_options(arguments: argparse.Namespace) -> list[str]:

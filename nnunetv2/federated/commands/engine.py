@@ -85,8 +85,6 @@ def write_job(arguments: argparse.Namespace) -> None:
     from nnunetv2.federated.protocol.api import Secure
     from nnunetv2.federated.protocol.strict_json import validated
 
-    if arguments.initial_weights is not None:
-        raise FederationError("--initial-weights: a job brings no files; found the federation without them")
     given = with_geometry(given_settings(arguments), None)
     sites = given.pop("sites", ())
     assert isinstance(sites, tuple)
@@ -249,7 +247,7 @@ def _add_job_options(parser: argparse.ArgumentParser) -> None:
     add_training_options(group)
     add_round_options(group)
     add_protection_options(group)
-    add_method_options(parser)
+    add_method_options(parser, with_files=False)  # a job brings none
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -175,7 +175,11 @@ def test_a_job_is_written_once(tmp_path):
     assert meta["deploy_map"] == {"app": ["server", "A", "B", "C"]} and meta["min_clients"] == 3
     with pytest.raises(FederationError, match="holds something already"):
         main(options)
-    with pytest.raises(FederationError, match="a job brings no files"):
-        main(["job", str(tmp_path / "other"), "--federation", "liver", "--initial-weights", "x.pth"])
     with pytest.raises(FederationError, match="quorum"):
         main(["job", str(tmp_path / "other"), "--federation", "x", "--quorum", "2", "--sites", "A", "B", "C"])
+
+
+def test_a_job_has_no_option_for_files(capsys):
+    with pytest.raises(SystemExit):
+        main(["job", "OUT", "--federation", "liver", "--initial-weights", "x.pth"])
+    assert "unrecognized arguments: --initial-weights x.pth" in capsys.readouterr().err
