@@ -25,6 +25,7 @@ from nnunetv2.federated.engine.remote import RemoteCoordinator
 from nnunetv2.federated.engine.responder import Responder
 from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.protocol import api, messages
+from nnunetv2.federated.protocol.api import Secure
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
 from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, PlansKey, RegistrationKey
 from nnunetv2.federated.site.results import weights_bytes
@@ -419,3 +420,34 @@ def test_sites_that_are_new_in_a_job_are_admitted_and_the_others_stay(ends):
     ends.coordinator.revoke("C", by="operator")
     ends.coordinator.admit(("C",), by="nvflare")
     assert ends.coordinator.settings.sites == ("A", "B"), "what an operator has said stays"
+
+
+@pytest.mark.parametrize(
+    ("names", "code"),
+    [
+        (("C", "a"), "name_taken"),
+        (("C", "c"), "name_taken"),
+        (("C", "eve"), "name_taken"),
+        (("Operator",), "name_taken"),
+    ],
+)
+def test_a_job_admits_no_site_that_an_invitation_could_not_bring(ends, names, code):
+    ends.coordinator.invite("eve", "observer", by="operator")
+    with pytest.raises(RefusedError) as refused:
+        ends.coordinator.admit(names, by="nvflare")
+    assert refused.value.code == code and ends.coordinator.settings.sites == ("A", "B")
+
+
+@pytest.mark.parametrize(
+    ("settings", "most", "code"),
+    [({}, 1000, "too_many_sites"), ({"secure": Secure(k=3), "min_sites": 3}, 64, "too_many_sites_for_secure")],
+)
+def test_a_job_admits_no_more_sites_than_there_can_be(tmp_path, settings, most, code):
+    sites = tuple(f"S{number:04}" for number in range(most))
+    with Store(tmp_path) as store:
+        create_federation(store, make_settings(sites=sites[:-1], **settings), now=1.0, membership="engine")
+        coordinator = Coordinator(store, log=lambda line: None)
+        coordinator.admit(sites, by="nvflare")
+        with pytest.raises(RefusedError) as refused:
+            coordinator.admit((*sites, "T"), by="nvflare")
+        assert refused.value.code == code and coordinator.settings.sites == sites
