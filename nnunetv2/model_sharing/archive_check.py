@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from nnunetv2.utilities.plain_text import printable
-
-GIB = 2**30
+from nnunetv2.utilities.size_limits import DEFAULT_BYTES, GIB, largest_model_bytes
 
 
 class UnsafeArchiveError(RuntimeError):
@@ -31,7 +30,7 @@ class UnsafeArchiveError(RuntimeError):
 class ArchiveLimits:
     """Largest size of an archive."""
 
-    total_bytes: int = 64 * GIB
+    total_bytes: int = DEFAULT_BYTES
     """All files together, unpacked."""
     members: int = 100_000
     ratio: int = 200
@@ -46,13 +45,7 @@ class ArchiveLimits:
     @classmethod
     def from_environment(cls) -> ArchiveLimits:
         """Read the total from nnUNet_max_model_gb, if it is set."""
-        text = os.environ.get("nnUNet_max_model_gb")
-        if text is None:
-            return cls()
-        try:
-            return cls(total_bytes=int(float(text) * GIB))
-        except (ValueError, OverflowError) as error:
-            raise ValueError(f"nnUNet_max_model_gb must be a number of GiB above 0, it is {text!r}") from error
+        return cls(total_bytes=largest_model_bytes())
 
 
 # What a model consists of; no member may be an executable, a script or a Python module.

@@ -11,15 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2.utilities.size_limits import check_size
+
 if TYPE_CHECKING:
     from requests import Response
 
 PIECE_BYTES = 256 << 10
 """Bytes that are received at a time; less than that is lost when a connection breaks."""
-
-
-class OversizedError(ValueError):
-    """A file is larger than it can be."""
 
 
 class PartialDownload:
@@ -96,8 +94,8 @@ class PartialDownload:
         return self._digest.hexdigest()
 
     def _check_size(self, size: int) -> None:
-        if self.largest is not None and size > self.largest:
-            raise OversizedError(f"it has {size} bytes or more, at most {self.largest} are taken")
+        if self.largest is not None:
+            check_size(size, self.largest)
 
 
 def announced_size(response: Response) -> int | None:

@@ -9,7 +9,6 @@ import argparse
 import glob
 import json
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -35,6 +34,7 @@ def fetch(transport: HttpTransport, run: str, target: Path) -> Path:
         WireError: The file is no zip file, or larger than nnUNet_max_model_gb or the disk allows.
     """
     from nnunetv2.federated.protocol.keys import RegistrationKey
+    from nnunetv2.federated.site.results import largest_model
     from nnunetv2.model_sharing.archive_check import ArchiveLimits
     from nnunetv2.utilities.atomic_write import replacing
 
@@ -43,7 +43,7 @@ def fetch(transport: HttpTransport, run: str, target: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = ArchiveLimits.from_environment()
     with replacing(path) as partial:
-        transport.fetch_model(run, partial, largest=min(limits.total_bytes, shutil.disk_usage(path.parent).free))
+        transport.fetch_model(run, partial, largest=largest_model(path.parent))
         _check(partial, path, limits)
     return path
 

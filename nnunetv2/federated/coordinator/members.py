@@ -18,7 +18,7 @@ import hmac
 import secrets
 import threading
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -149,29 +149,13 @@ class Members:
                     "Let the operator of the NVFlare network add it; the next job admits it.",
                     code="forbidden",
                 )
-            twins = [other for other in self._state.member_records if other.lower() == name.lower() and other != name]
-            _check_name(name)
-            if twins or (present is not None and present.role != role):
-                taken_by = self._state.member_records[(twins or [name])[0]]
-                raise RefusedError(
-                    f"the name {name} is taken: there is {_describe(taken_by)}",
-                    "Choose another name.",
-                    code="name_taken",
-                )
-            num_sites = sum(one.role == "site" for one in self._state.member_records.values())
-            if role == "site" and present is None and num_sites >= MAX_SITES:
-                raise RefusedError(
-                    f"there are {num_sites} sites, among them those that were revoked; more are not possible",
-                    "Start another federation.",
-                    code="too_many_sites",
-                )
+            known = None if present is None else present.identity
+            newcomer = MemberRecord(name, role, "invited", None, now, known)
+            self._check_places([newcomer])
             if present is None or present.state == "revoked":
-                known = None if present is None else present.identity
-                present = MemberRecord(name, role, "invited", None, now, known)
+                present = newcomer
             invitation = new_invitation(name, now=now, lifetime_s=lifetime_s)
             if role == "site" and name not in settings.sites:
-                if settings.secure is not None:  # with one too many, a run at work could mask no further round
-                    check_most(len(settings.sites) + 1)
                 settings = settings.model_copy(update={"sites": tuple(sorted((*settings.sites, name)))})
             self._state.save_members(
                 [present],
@@ -188,22 +172,57 @@ class Members:
         """Expect further sites that an engine knows, and return those that are new; see `invite`.
 
         One that was revoked stays so: an operator has said it. The caller holds the lock "settings".
+
+        Raises:
+            RefusedError: As `invite` does; then none is admitted.
         """
         with self._lock:
-            settings, known = self._state.settings, self._state.member_records
-            new = tuple(sorted(set(names) - known.keys()))
-            for name in new:
-                _check_name(name)
-            if not new:
+            settings, now = self._state.settings, self._state.clock()
+            newcomers = [_engine_member(name, now) for name in sorted(set(names)) if not self._is_site(name)]
+            if not newcomers:
                 return ()
-            now = self._state.clock()
+            self._check_places(newcomers)
+            new = tuple(one.name for one in newcomers)
             self._state.save_members(
-                [_engine_member(name, now) for name in new],
+                newcomers,
                 [],
                 settings=settings.model_copy(update={"sites": tuple(sorted((*settings.sites, *new)))}),
                 event=self._state.event("admission", by, None, {"sites": list(new)}),
             )
             return new
+
+    def _is_site(self, name: str) -> bool:
+        present = self._state.member_records.get(name)
+        return present is not None and present.role == "site"
+
+    def _check_places(self, newcomers: Sequence[MemberRecord]) -> None:
+        """Raise RefusedError unless all have names of their own and a place among the sites, if they are some.
+
+        Args:
+            newcomers: Members that are to be, or to be again.
+        """
+        known, settings = self._state.member_records, self._state.settings
+        everybody = {**{one.name: one for one in newcomers}, **known}
+        for one in newcomers:
+            _check_name(one.name)
+            alike = [other for name, other in everybody.items() if name.lower() == one.name.lower()]
+            taken_by = [other for other in alike if other.name != one.name or other.role != one.role]
+            if taken_by:
+                raise RefusedError(
+                    f"the name {one.name} is taken: there is {_describe(taken_by[0])}",
+                    "Choose another name.",
+                    code="name_taken",
+                )
+        sites = {one.name for one in newcomers if one.role == "site"}
+        num_known, num_new = sum(one.role == "site" for one in known.values()), len(sites - known.keys())
+        if num_new and num_known + num_new > MAX_SITES:
+            raise RefusedError(
+                f"there are {num_known} sites, among them those that were revoked; {num_new} more are not possible",
+                "Start another federation.",
+                code="too_many_sites",
+            )
+        if settings.secure is not None and not sites <= set(settings.sites):
+            check_most(len(sites.union(settings.sites)))  # with one too many, a run at work could mask no further round
 
     def identify(self, name: str, identity: str) -> None:
         """Note the identity of a site that an engine knows, where the federation aggregates securely.

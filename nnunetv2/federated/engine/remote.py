@@ -3,6 +3,9 @@
 Small questions are asked until they are answered, for ten seconds: then the engine is away, the gateway answers 503,
 and the site's command asks again, for a day if need be. Documents are on this machine before they travel and before
 they are handed out; a transfer goes on while nobody waits for it, and after a break at its last piece.
+
+The coordinator is not trusted with this machine's disk: what it announces is fetched only if it is as small as what was
+asked for can be, one file for each thing that was asked for, and of files that nobody fetches any more few stay.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import TypeVar
@@ -36,9 +39,15 @@ from nnunetv2.federated.engine.channel import (
     encode_frame,
 )
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.exchanges import document_limits
+from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import api
-from nnunetv2.federated.protocol.document import file_digest
+from nnunetv2.federated.protocol.document import file_digest, open_document
+from nnunetv2.federated.protocol.keys import Key
+from nnunetv2.federated.protocol.messages import Registration
 from nnunetv2.federated.protocol.strict_json import decode_json, encode_json
+from nnunetv2.federated.site.results import ResultSizes, largest_model, too_large
+from nnunetv2.utilities.size_limits import OversizedError, check_size
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=BaseModel)
@@ -54,7 +63,9 @@ TRANSFER_WAIT_S = 20.0
 """How long a request waits for a transfer. Below what is left of the minute that the client waits for an answer."""
 TRANSFERS = 4
 KEPT_RESULTS = 3
-"""Files of results that stay here: the latest ones."""
+"""Files of results, whole or not, that stay here beside those that are being fetched: the latest ones."""
+COPIES_OF_A_MODEL = 2
+"""How often a model is written at the site: here, and by the command that fetches it."""
 
 
 class RemoteCoordinator:
@@ -95,6 +106,9 @@ class RemoteCoordinator:
         self._lock = threading.Lock()
         self._transfers: dict[tuple[str, str], Future[api.Receipt | Path]] = {}
         self._progress: dict[tuple[str, str], tuple[int, int]] = {}
+        self._given_up: dict[tuple[str, str], threading.Event] = {}
+        """File that is being fetched -> set when another one takes its place."""
+        self._sizes = ResultSizes()
         self._is_closing = threading.Event()
         self.last_asked = time.monotonic()
         """When a command of this site has last asked anything."""
@@ -186,10 +200,10 @@ class RemoteCoordinator:
         place = key, digest
         with self._lock:
             is_here = place in self._transfers or self._outgoing_path(key, digest).exists()
-        if is_here:
-            return self._wait_for_receipt(key, digest, size)
-        held = self._offer(key, digest, size)
-        return self._wait_for_receipt(key, digest, size) if held.is_storing else held.receipt
+        held = Held(is_storing=True) if is_here else self._offer(key, digest, size)
+        receipt = self._wait_for_receipt(key, digest, size) if held.is_storing else held.receipt
+        # A registration says how large the results of its run may be: it has to come by once, whoever holds it already.
+        return None if self._sizes.lacks(parse_key(key)) else receipt
 
     def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> api.Receipt:
         """Send a document that has been received completely; on return, the coordinator holds it.
@@ -197,8 +211,14 @@ class RemoteCoordinator:
         Raises:
             OSError: It is still under way; asking again may help.
         """
+        self._note_registration(parse_key(key), incoming)
         incoming.replace(self._outgoing_path(key, digest))
         return self._wait_for_receipt(key, digest, size)
+
+    def _note_registration(self, key: Key, document: Path) -> None:
+        if step_of(key).contribution is Registration:
+            with open_document(document, limits=document_limits.REGISTRATION) as registration:
+                self._sizes.note(key, registration.message)
 
     def _wait_for_receipt(self, key: str, digest: str, size: int) -> api.Receipt:
         receipt = self._transferred((key, digest), size, lambda: self._send_document(key, digest, size))
@@ -260,7 +280,8 @@ class RemoteCoordinator:
         if answer.waiting is not None:
             return answer.waiting.model_copy(update={"lacks": answer.lacks})
         file = _given(answer.file)
-        return Result(file.name, self._fetch(file), file.digest)
+        largest = self._sizes.largest(parse_key(key))
+        return Result(file.name, self._fetch(f"the result of {key}", file, largest=largest), file.digest)
 
     def find_model(self, run: str) -> Path:
         """Fetch the model of a run, and return where it is."""
@@ -271,38 +292,105 @@ class RemoteCoordinator:
 
         Raises:
             OSError: It is still under way; asking again may help.
+            WireError: It is larger than nnUNet_max_model_gb or the disk allows.
         """
-        file = _given(self._answer(Request(op="model", name=run))[0].file)
-        return KeptModel(self._fetch(file), file.digest)
+        what, file = f"the model of {run}", _given(self._answer(Request(op="model", name=run))[0].file)
+        partial = self._partial_path(what, file.digest)
+        held = partial.stat().st_size if partial.exists() else 0
+        largest = largest_model(self._results, copies=COPIES_OF_A_MODEL, held=held)
+        return KeptModel(self._fetch(what, file, largest=largest), file.digest)
 
-    def _fetch(self, file: Available) -> Path:
-        """Return a file of the coordinator, once it is here."""
-        path = self._results / file.digest
+    def _partial_path(self, what: str, digest: str) -> Path:
+        return self._results / f"{hash_secret(what)[:24]}.{digest}.part"
+
+    def _fetch(self, what: str, file: Available, *, largest: int) -> Path:
+        """Return a file of the coordinator, once it is here.
+
+        Args:
+            what: It is, in words; of these, one file at a time is fetched.
+            largest: Bytes that it may have.
+
+        Raises:
+            WireError: It is announced with more.
+        """
+        path, place = self._results / file.digest, (what, file.digest)
         if path.exists():
             return path
-        fetched = self._transferred(("", file.digest), file.size, lambda: self._read_file(file, path))
+        try:
+            check_size(file.size, largest)
+        except OversizedError as error:
+            raise too_large(what, error) from error
+        with self._lock:
+            self._give_up_others(place)
+            self._make_room()
+            given_up = self._given_up.setdefault(place, threading.Event())
+        fetched = self._transferred(place, file.size, lambda: self._read_file(what, file, path, given_up))
         assert isinstance(fetched, Path)
         return fetched
 
-    def _read_file(self, file: Available, path: Path) -> Path:
+    def _give_up_others(self, place: tuple[str, str]) -> None:
+        """End the transfers of what was announced for the same before. The caller holds the lock."""
+        for other in [one for one in self._given_up if one[0] == place[0] and one != place]:
+            self._given_up.pop(other).set()
+            self._partial_path(*other).unlink(missing_ok=True)
+            future = self._transfers.pop(other, None)
+            if future is not None:
+                future.cancel()
+
+    def _make_room(self) -> None:
+        """Remove all but the latest files that nobody fetches. The caller holds the lock."""
+        fetched = {self._partial_path(*place) for place in self._given_up if self._is_under_way(place)}
+        left = [path for path in self._results.iterdir() if path not in fetched]
+        for old in sorted(left, key=lambda path: path.stat().st_mtime)[:-KEPT_RESULTS]:
+            old.unlink(missing_ok=True)
+
+    def _is_under_way(self, place: tuple[str, str]) -> bool:
+        return place in self._transfers and not self._transfers[place].done()
+
+    def _read_file(self, what: str, file: Available, path: Path, given_up: threading.Event) -> Path:
         """Read a file from where it has come to, and check it."""
-        partial = path.with_suffix(".part")
-        with partial.open("ab") as target:
+        place, partial = (what, file.digest), self._partial_path(what, file.digest)
+        try:
+            self._read_pieces(place, file, partial, given_up)
+        except (RefusedError, _UselessFileError):
+            self._forget(place, given_up)
+            raise
+        is_whole = file_digest(partial) == file.digest
+        with self._lock:
+            self._check_is_wanted(file, given_up)
+            self._given_up.pop(place)
+            if not is_whole:
+                partial.unlink()
+                raise _UselessFileError(f"{file.name} was damaged on its way")
+            partial.replace(path)
+            self._make_room()
+        return path
+
+    def _read_pieces(self, place: tuple[str, str], file: Available, partial: Path, given_up: threading.Event) -> None:
+        with self._lock:  # else what is given up would leave a file behind
+            self._check_is_wanted(file, given_up)
+            target = partial.open("ab")
+        with target:
             while target.tell() < file.size:
-                self._note_progress(("", file.digest), target.tell(), file.size)
+                self._note_progress(place, target.tell(), file.size)
                 request = Request(op="read", digest=file.digest, offset=target.tell())
                 piece = self._answer(request, timeout_s=PIECE_TIMEOUT_S)[1]
+                self._check_is_wanted(file, given_up)
                 if not len(piece) or target.tell() + len(piece) > file.size:
-                    raise OSError(f"{file.name} has another size than was said")
+                    raise _UselessFileError(f"{file.name} has another size than was said")
                 target.write(piece)
-        if file_digest(partial) != file.digest:
-            partial.unlink()
-            raise OSError(f"{file.name} was damaged on its way")
-        partial.replace(path)
-        kept = sorted(self._results.iterdir(), key=lambda one: one.stat().st_mtime)
-        for old in kept[:-KEPT_RESULTS]:
-            old.unlink(missing_ok=True)
-        return path
+
+    def _forget(self, place: tuple[str, str], given_up: threading.Event) -> None:
+        """Remove what has come of a file, unless its place is another transfer's by now."""
+        with self._lock:
+            if self._given_up.get(place) is given_up:
+                del self._given_up[place]
+                self._partial_path(*place).unlink(missing_ok=True)
+
+    @staticmethod
+    def _check_is_wanted(file: Available, given_up: threading.Event) -> None:
+        if given_up.is_set():
+            raise OSError(f"the coordinator has another file for {file.name} by now")
 
     # ---------------------------------------------------------------------------------------------------- transfers
     def _transferred(
@@ -326,6 +414,8 @@ class RemoteCoordinator:
                     f"{done / 2**20:.1f} of {size / 2**20:.1f} MiB have passed the engine; the transfer goes on"
                 ) from error
             raise
+        except CancelledError as error:
+            raise OSError("the coordinator has another file by now") from error
         finally:
             if future.done():
                 with self._lock:
@@ -377,6 +467,10 @@ class RemoteCoordinator:
             problem = answer.problem
             raise RefusedError(problem.message, problem.remedy, code=problem.code)
         return answer, piece
+
+
+class _UselessFileError(OSError):
+    """What has come of a file is not the beginning of what was announced."""
 
 
 def _given(value: Outcome | None) -> Outcome:

@@ -7,21 +7,71 @@ shapes, dtypes and values of weights are checked by `participant.Participant`, w
 from __future__ import annotations
 
 import math
+import shutil
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
-from nnunetv2.federated.errors import WireError
+from nnunetv2.federated.errors import FederationError, WireError
 from nnunetv2.federated.exchanges.steps import parse_key, step_of
 from nnunetv2.federated.protocol import messages
-from nnunetv2.federated.protocol.keys import ExchangeKey, Q, R, RunKey
+from nnunetv2.federated.protocol.keys import ExchangeKey, Key, Q, R, RunKey
 from nnunetv2.federated.protocol.secure_fingerprint_messages import Geometry
 from nnunetv2.federated.protocol.strict_json import validated
+from nnunetv2.utilities.size_limits import OversizedError, largest_model_bytes
 
 
 def weights_bytes(registration: messages.Registration) -> int:
     """Return the largest size in bytes of a registered network's weights."""
     return sum(4 * math.prod(entry.shape) for entry in registration.tensors)
+
+
+class ResultSizes:
+    """How many bytes a site's results may have, given the networks that it has registered."""
+
+    def __init__(self) -> None:
+        self._weights: dict[str, int] = {}
+        """Run -> bytes of the weights that this site has registered for it."""
+
+    def note(self, key: Key, message: messages.Message) -> None:
+        """Remember the network that a site registers for a run; other messages say nothing here."""
+        if isinstance(message, messages.Registration) and isinstance(key, RunKey):
+            self._weights[key.run] = weights_bytes(message)
+
+    def lacks(self, key: Key) -> bool:
+        """Tell whether what is registered under this key is not known yet."""
+        return (
+            isinstance(key, RunKey)
+            and step_of(key).contribution is messages.Registration
+            and key.run not in self._weights
+        )
+
+    def largest(self, key: Key) -> int:
+        """Return how many bytes the result of an exchange may have."""
+        return step_of(key).largest_result(self._weights.get(key.run, 0) if isinstance(key, RunKey) else 0)
+
+
+def largest_model(folder: Path, *, copies: int = 1, held: int = 0) -> int:
+    """Return how many bytes a model may have, as nnUNet_max_model_gb and the disk of a folder allow.
+
+    Args:
+        copies: How often it is written on that disk.
+        held: Bytes of it that are there already.
+
+    Raises:
+        FederationError: The environment variable holds no size.
+    """
+    try:
+        largest = largest_model_bytes()
+    except ValueError as error:
+        raise FederationError(str(error)) from error
+    return min(largest, (shutil.disk_usage(folder).free + held) // copies)
+
+
+def too_large(what: str, error: OversizedError) -> WireError:
+    """Return the error for what a coordinator sends, or announces, with more bytes than it can have."""
+    return WireError(f"what the coordinator sends for {what} is refused: {error}")
 
 
 class ChannelStatistics(messages.Part):

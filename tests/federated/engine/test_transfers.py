@@ -20,13 +20,15 @@ from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.site_service import Result
 from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.engine import remote as remote_module
-from nnunetv2.federated.engine.channel import PIECE_BYTES, Answer, Request, decode_frame, encode_frame
+from nnunetv2.federated.engine.channel import PIECE_BYTES, Answer, Available, Request, decode_frame, encode_frame
 from nnunetv2.federated.engine.remote import RemoteCoordinator
 from nnunetv2.federated.engine.responder import Responder
 from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.protocol import api, messages
+from nnunetv2.federated.protocol.api import Secure
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
-from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, PlansKey, RegistrationKey
+from nnunetv2.federated.site.results import weights_bytes
 
 SHAPES = {"encoder.weight": (1000, 1300)}
 """5 MB: more than one piece."""
@@ -228,6 +230,7 @@ def test_a_coordinator_that_was_started_again_shows_its_files_again(tmp_path):
         with pytest.raises(RefusedError) as refused:
             ends.remotes["A"]._answer(Request(op="read", digest=answer.file.digest))
         assert refused.value.code == "not_open"
+        ends.begin()  # as a command does when it goes on: its gateway learns how large the run's results may be
         assert isinstance(ends.remotes["A"].result(InitialKey(RUN), "A"), Result)
 
 
@@ -252,6 +255,99 @@ def test_what_was_damaged_is_not_kept(ends):
     answer, _ = decode_frame(Answer, ends.responder.answer("A", frame))
     assert answer.problem.code == "damaged_in_transit"
     assert list((ends.coordinator.state.store.folder / "incoming").iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------- a coordinator that announces
+class Announcer:
+    """A coordinator that announces files of any size, each with a digest of its own, and sends zeros."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.sends_until = size
+        self.num_announced = 0
+        self.asked: list[Request] = []
+
+    def ask(self, frame: bytes, *, timeout_s: float, is_piece: bool = False) -> bytes:
+        request, _ = decode_frame(Request, frame)
+        self.asked.append(request)
+        if request.op in ("result", "model"):
+            self.num_announced += 1
+            return encode_frame(
+                Answer(file=Available(name=request.name, digest=f"{self.num_announced:064x}", size=self.size))
+            )
+        if request.op != "read" or request.offset >= self.sends_until:
+            raise ConnectionError("nobody answers")
+        return encode_frame(Answer(), bytes(min(PIECE_BYTES, self.size - request.offset)))
+
+
+@contextmanager
+def gateway_of(announcer: Announcer, folder: Path) -> Iterator[RemoteCoordinator]:
+    remote = RemoteCoordinator(announcer, site="A", token="A.secret", folder=folder, away_s=0.1)
+    try:
+        yield remote
+    finally:
+        remote.close()
+
+
+def lying_in(folder: Path) -> list[str]:
+    return sorted(path.name.rpartition(".")[2] for path in (folder / "results").iterdir())
+
+
+@pytest.mark.parametrize("key", [RegistrationKey(RUN), PlansKey("p"), InitialKey(RUN), CensusKey()])
+def test_a_result_that_is_announced_too_large_is_not_fetched(tmp_path, key):
+    announcer = Announcer(2**61)
+    with gateway_of(announcer, tmp_path) as remote, pytest.raises(WireError, match=r"at most \d+ are taken"):
+        remote.result(key, "A")
+    assert [request.op for request in announcer.asked] == ["result"] and lying_in(tmp_path) == []
+
+
+@pytest.mark.parametrize(("free", "max_model_gb"), [(3 << 20, "64"), (1 << 40, "0.001")])
+def test_a_model_that_is_announced_too_large_is_not_fetched(tmp_path, monkeypatch, free, max_model_gb):
+    usage = type("Usage", (), {"free": free})
+    monkeypatch.setattr("nnunetv2.federated.site.results.shutil.disk_usage", lambda folder: usage)
+    monkeypatch.setenv("nnUNet_max_model_gb", max_model_gb)
+    announcer = Announcer(2 << 20)  # the command that asks for it writes it once more
+    with gateway_of(announcer, tmp_path) as remote, pytest.raises(WireError, match="the model of run"):
+        remote.fetch_model("run", member="A")
+    assert lying_in(tmp_path) == []
+
+
+def test_what_is_announced_in_place_of_another_file_ends_that_transfer(tmp_path):
+    announcer = Announcer(4 << 20)
+    announcer.sends_until = PIECE_BYTES
+    with gateway_of(announcer, tmp_path) as remote:
+        for _ in range(5):
+            with pytest.raises(OSError, match="does not reach"):
+                remote.result(CensusKey(), "A")
+        assert lying_in(tmp_path) == ["part"], "of one thing, one file is here"
+
+
+def test_few_files_of_broken_transfers_stay(tmp_path):
+    announcer = Announcer(4 << 20)
+    announcer.sends_until = PIECE_BYTES
+    with gateway_of(announcer, tmp_path) as remote:
+        for number in range(2 * remote_module.KEPT_RESULTS):
+            with pytest.raises(OSError, match="does not reach"):
+                remote.result(PlansKey(f"p{number}"), "A")
+    assert lying_in(tmp_path) == ["part"] * (remote_module.KEPT_RESULTS + 1), "and the last one, to be gone on with"
+
+
+def test_a_file_of_another_content_than_was_said_does_not_stay(tmp_path):
+    with gateway_of(Announcer(3 << 20), tmp_path) as remote, pytest.raises(OSError, match="damaged on its way"):
+        remote.result(CensusKey(), "A")
+    assert lying_in(tmp_path) == []
+
+
+def test_a_gateway_learns_the_size_of_a_network_from_a_registration_that_is_held_already(ends):
+    ends.begin()
+    ends.remotes["A"].close()
+    ends.remotes["A"] = ends.remote("A")
+    registration = make_registration(9, SHAPES, aliases={})
+    path, digest, size = ends.document("A", registration)
+    assert ends.remotes["A"].offer(RegistrationKey(RUN), "A", digest, size) is None
+    assert ends.remotes["A"].contribute(RegistrationKey(RUN), "A", path, digest, size).digest == digest
+    assert ends.remotes["A"].offer(RegistrationKey(RUN), "A", digest, size).digest == digest
+    assert ends.remotes["A"]._sizes.largest(InitialKey(RUN)) > weights_bytes(registration) > 5_000_000
 
 
 # -------------------------------------------------------------------------------------------------------------- away
@@ -324,3 +420,34 @@ def test_sites_that_are_new_in_a_job_are_admitted_and_the_others_stay(ends):
     ends.coordinator.revoke("C", by="operator")
     ends.coordinator.admit(("C",), by="nvflare")
     assert ends.coordinator.settings.sites == ("A", "B"), "what an operator has said stays"
+
+
+@pytest.mark.parametrize(
+    ("names", "code"),
+    [
+        (("C", "a"), "name_taken"),
+        (("C", "c"), "name_taken"),
+        (("C", "eve"), "name_taken"),
+        (("Operator",), "name_taken"),
+    ],
+)
+def test_a_job_admits_no_site_that_an_invitation_could_not_bring(ends, names, code):
+    ends.coordinator.invite("eve", "observer", by="operator")
+    with pytest.raises(RefusedError) as refused:
+        ends.coordinator.admit(names, by="nvflare")
+    assert refused.value.code == code and ends.coordinator.settings.sites == ("A", "B")
+
+
+@pytest.mark.parametrize(
+    ("settings", "most", "code"),
+    [({}, 1000, "too_many_sites"), ({"secure": Secure(k=3), "min_sites": 3}, 64, "too_many_sites_for_secure")],
+)
+def test_a_job_admits_no_more_sites_than_there_can_be(tmp_path, settings, most, code):
+    sites = tuple(f"S{number:04}" for number in range(most))
+    with Store(tmp_path) as store:
+        create_federation(store, make_settings(sites=sites[:-1], **settings), now=1.0, membership="engine")
+        coordinator = Coordinator(store, log=lambda line: None)
+        coordinator.admit(sites, by="nvflare")
+        with pytest.raises(RefusedError) as refused:
+            coordinator.admit((*sites, "T"), by="nvflare")
+        assert refused.value.code == code and coordinator.settings.sites == sites

@@ -30,7 +30,7 @@ from nnunetv2.federated.privacy import allow_list, require_secure
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.document import Document, OutgoingDocument, TensorSpec, open_document
 from nnunetv2.federated.protocol.invitation import check_transport_is_safe
-from nnunetv2.federated.protocol.keys import ExchangeKey, Q, R, RunKey
+from nnunetv2.federated.protocol.keys import ExchangeKey, Q, R
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site import results
 from nnunetv2.federated.site.credential import SiteCredential
@@ -46,7 +46,8 @@ from nnunetv2.federated.site.transports.http_requests import (
     translated_errors,
 )
 from nnunetv2.utilities.plain_text import printable
-from nnunetv2.utilities.resumable_download import OversizedError, PartialDownload
+from nnunetv2.utilities.resumable_download import PartialDownload
+from nnunetv2.utilities.size_limits import OversizedError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -136,8 +137,7 @@ class HttpTransport:
         self._number = 0
         self._num_cases: int | None = None
         """Cases of all sites, once the coordinator has said it."""
-        self._weights_bytes: dict[str, int] = {}
-        """Run -> bytes of the weights that this site has registered for it."""
+        self._sizes = results.ResultSizes()
         self._is_closing = threading.Event()
 
     def close(self) -> None:
@@ -214,8 +214,7 @@ class HttpTransport:
             NotAllowedError: The allow-list of this site does not name a field or tensor, or the message is in clear
                 and this site requires secure sums; nothing was sent.
         """
-        if isinstance(message, messages.Registration) and isinstance(key, RunKey):
-            self._weights_bytes[key.run] = results.weights_bytes(message)
+        self._sizes.note(key, message)
         tensors = tensors or {}
         specs = specs if specs is not None else {name: TensorSpec.of(values) for name, values in tensors.items()}
         require_secure.check_message(key, message, self.credential.secure)
@@ -249,8 +248,7 @@ class HttpTransport:
         """Wait until an exchange is closed and return its result; see `exchange`, and `Transport.result`."""
         self._forget_document()
         deadline = None if wait_s is None else time.monotonic() + wait_s
-        step = step_of(key)
-        largest = step.largest_result(self._weights_bytes.get(key.run, 0) if isinstance(key, RunKey) else 0)
+        step, largest = step_of(key), self._sizes.largest(key)
         download = PartialDownload(self._new_path(), largest=largest)
         # The first answer comes at once, so that people see whom they wait for.
         waiting = self._persist(lambda: self._poll(key, download, wait_s=0, changes=changes))
@@ -297,7 +295,7 @@ class HttpTransport:
         """Return which runs will have a common model, and why others will not."""
         return self._persist(lambda: self._ask("GET", "outlooks", api.Outlooks))
 
-    def fetch_model(self, run: str, path: Path, *, largest: int | None = None) -> None:
+    def fetch_model(self, run: str, path: Path, *, largest: int) -> None:
         """Download the model of a finished run, a zip file, resuming as needed.
 
         Args:
@@ -427,7 +425,7 @@ class HttpTransport:
             raise
         except OversizedError as error:
             download.path.unlink(missing_ok=True)
-            raise WireError(f"what the coordinator sends for {path.partition('?')[0]} is refused: {error}") from error
+            raise results.too_large(path.partition("?")[0], error) from error
         if digest != expected:
             download.forget()
             raise NoAnswerError("what the coordinator sent was damaged on its way")
