@@ -36,7 +36,7 @@ from nnunetv2.federated.aggregation.codecs.int8 import (
 )
 from nnunetv2.federated.commands import manifest
 from nnunetv2.federated.coordinator.storage.store import Store
-from nnunetv2.federated.errors import PrecisionError, WireError
+from nnunetv2.federated.errors import AggregationError, PrecisionError, WireError
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import TensorSpec, file_digest, open_document, write_document
 from nnunetv2.federated.protocol.keys import AdmissionKey, InitialKey, RoundKey
@@ -77,12 +77,44 @@ def test_what_is_not_finite_does_not_travel():
         codec.encode({"w": np.float32([3e38])})
 
 
-@pytest.mark.parametrize("step", [np.nan, np.inf, -1.0, 3e38])
+LARGEST = np.finfo(np.float32).max
+
+
+def of_step(step, *steps) -> np.ndarray:
+    """Return one block as a stranger may send it."""
+    return np.concatenate([np.array([step], "<f4").view(np.int8), np.int8(steps)])
+
+
+@pytest.mark.parametrize("step", [np.nan, np.inf, -1.0, 3e38, LARGEST / np.float32(127)])
 def test_steps_of_a_stranger_are_checked(step):
-    packed = pack(np.float32([1, 2]))
-    packed[:4] = np.array([step], "<f4").view(np.int8)
     with pytest.raises(WireError, match="tensor w has a step of"):
-        check_packed("w", packed)
+        check_packed("w", of_step(step, 1, 2))
+
+
+def test_what_passes_the_check_is_finite_and_the_largest_values_do():
+    packed = pack(np.float32([LARGEST, -LARGEST]))
+    check_packed("w", packed)
+    np.testing.assert_allclose(unpack(packed, (2,)), [LARGEST, -LARGEST], rtol=1e-6)
+    with pytest.raises(WireError, match="tensor w has a value of -128 steps"):
+        check_packed("w", of_step(1, 0, -128))
+
+
+def test_an_average_does_not_become_infinite_and_the_one_before_stays():
+    codec, change = Int8WithErrorFeedback(), pack(np.full(3, LARGEST))
+    codec.receive({"v": np.zeros(3, np.float32), "w": np.full(3, LARGEST)})
+    with pytest.raises(WireError, match="tensor w of the coordinator's aggregate changes to infinity"):
+        codec.receive({"v": change, "w": change})
+    assert not codec.receive({"v": pack(np.zeros(3, np.float32))})["v"].any()
+
+
+def test_the_site_that_moves_furthest_is_named_where_a_mean_becomes_infinite(tmp_path):
+    before = write(tmp_path / "before", messages.Aggregate(round=0, contributors={}), {"w": np.float32([LARGEST])})
+    paths = {
+        site: write(tmp_path / site, NO_METRICS, {"w": pack(np.float32([size]))})
+        for site, size in (("A", 1), ("B", 1e38))
+    }
+    with pytest.raises(AggregationError, match="tensor w: the mean is not finite; the update of site B moves furthest"):
+        combine(paths, before, tmp_path / "result")
 
 
 def test_small_steps_add_up_at_the_site_and_at_the_coordinator(tmp_path):
@@ -257,7 +289,11 @@ def test_a_crash_changes_no_byte(make_federation, monkeypatch, step):
     ("update", "complaint"),
     [
         (make_weights(0), r"tensor \S+ travels as I8 in this federation, not as F32"),
-        ({**packed(0), "encoder.bias": np.full(8, -1, np.int8)}, "tensor encoder.bias has a step of nan"),
+        (
+            {**packed(0), "encoder.bias": of_step(np.nan, *[0] * 4)},
+            "update of site A cannot be right: tensor encoder.bias has a step of nan",
+        ),
+        ({**packed(0), "encoder.bias": of_step(1, *[-128] * 4)}, "site A .* encoder.bias has a value of -128 steps"),
     ],
 )
 def test_an_update_of_another_form_is_refused(make_federation, update, complaint):

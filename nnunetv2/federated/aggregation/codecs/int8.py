@@ -39,8 +39,8 @@ BLOCK = 4096
 _CHUNK = 64 * BLOCK
 """Values that are averaged at a time."""
 _STEPS = 127
-_LARGEST = float(np.finfo(np.float32).max) * (1 + 2**-20)
-"""Of a block, with a step that was rounded up."""
+_LARGEST_STEP = np.nextafter(np.finfo(np.float32).max / np.float32(_STEPS), np.float32(0))
+"""127 of it are finite in float32; of the next one, which is what the division gives, they are not."""
 _HEAD = 4
 """Bytes of a block's step."""
 REST, CHANGE = "#rest", "#change"
@@ -66,7 +66,7 @@ def pack(values: np.ndarray) -> np.ndarray:
         largest = np.float32(np.abs(part).max())
         if not np.isfinite(largest):
             raise PrecisionError("a change of infinite size does not fit into eight bits")
-        step = largest / np.float32(_STEPS)
+        step = min(largest / np.float32(_STEPS), _LARGEST_STEP)
         if step == 0:  # nothing has changed, or by less than float32 can divide
             block[:] = 0
             continue
@@ -84,10 +84,15 @@ def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def check_packed(name: str, packed: np.ndarray) -> None:
-    """Raise WireError unless the steps of a tensor are finite and not negative."""
+    """Raise WireError unless all values of a tensor are finite: steps from 0 on, and 127 of them at most."""
     for _, block in _blocks(packed, packed.size - _HEAD * -(-packed.size // (BLOCK + _HEAD))):
-        if not 0 <= (step := float(_step(block))) * _STEPS <= _LARGEST:  # neither is NaN
-            raise WireError(f"tensor {name} has a step of {step} in a block: expected a finite one from 0 on")
+        if not 0 <= (step := _step(block)) <= _LARGEST_STEP:  # neither is NaN
+            raise WireError(
+                f"tensor {name} has a step of {step} in a block: expected one from 0 to {_LARGEST_STEP}, so that "
+                "all values are finite"
+            )
+        if (block[_HEAD:] < -_STEPS).any():
+            raise WireError(f"tensor {name} has a value of -128 steps, where {_STEPS} are the most either way")
 
 
 def _step(block: np.ndarray) -> np.float32:
@@ -151,20 +156,30 @@ class Int8WithErrorFeedback:
         """Return the average that came, whole or as what it has changed by.
 
         Raises:
-            WireError: It is a change of an average that this site has not got.
+            WireError: It is a change of an average that this site has not got, or one to infinity. The average before
+                stays.
         """
-        for name, values in tensors.items():
-            if values.dtype != np.int8:
-                self._average[name] = np.array(values, np.float32)
-                continue
-            if name not in self._average:
-                raise WireError(f"the coordinator sends what tensor {name} has changed by, which this site has not got")
-            before = self._average[name]
-            if values.shape != (packed_size(before.size),):
-                raise WireError(f"tensor {name} of the coordinator's aggregate has {values.size} bytes")
-            check_packed(name, values)
-            self._average[name] = np.asarray(before + unpack(values, before.shape))
-        return {name: self._average[name].copy() for name in tensors}
+        received = {name: self._received(name, values) for name, values in tensors.items()}
+        self._average |= received
+        return {name: values.copy() for name, values in received.items()}
+
+    def _received(self, name: str, values: np.ndarray) -> np.ndarray:
+        if values.dtype != np.int8:
+            return np.array(values, np.float32)
+        if name not in self._average:
+            raise WireError(f"the coordinator sends what tensor {name} has changed by, which this site has not got")
+        before = self._average[name]
+        if values.shape != (packed_size(before.size),):
+            raise WireError(f"tensor {name} of the coordinator's aggregate has {values.size} bytes")
+        check_packed(name, values)
+        with np.errstate(over="ignore"):
+            after = np.asarray(before + unpack(values, before.shape))
+        if not np.isfinite(after).all():
+            raise WireError(
+                f"tensor {name} of the coordinator's aggregate changes to infinity: nothing was loaded. Ask the "
+                "coordinating site"
+            )
+        return after
 
     def rests(self) -> dict[str, np.ndarray]:
         """Return what is still due, for a checkpoint."""
@@ -213,13 +228,17 @@ class Int8WithErrorFeedback:
                         squares[site].append(float(moved @ moved))
                         mean += moved * (_weight_of(weights, site) / total_of(counted))
                     is_kept = name in kept or not counted  # then what is due stays due
-                    change[packed] = pack(np.zeros(before.size) if is_kept else due + mean)
-                    after[part] = before + unpack(change[packed], before.shape)
+                    with np.errstate(over="ignore"):  # what is infinite is refused
+                        change[packed] = pack(np.zeros(before.size) if is_kept else due + mean)
+                        after[part] = before + unpack(change[packed], before.shape)
                     rest[part] = due + (0 if is_kept else mean) - (after[part].astype(np.float64) - before)
                 for site in counted:
                     sizes[site] += spec.size
                 if not np.isfinite(after).all():
-                    raise AggregationError(f"tensor {name}: the mean is not finite")
+                    furthest = max(counted, key=lambda site: math.fsum(squares[site]))
+                    raise AggregationError(
+                        f"tensor {name}: the mean is not finite; the update of site {furthest} moves furthest"
+                    )
                 yield after.reshape(spec.shape)
                 yield change
                 yield rest.reshape(spec.shape)

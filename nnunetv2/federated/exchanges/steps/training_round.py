@@ -135,7 +135,16 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
                     "this site needs the version of the software that the coordinator has"
                 )
         super().check_tensors(document, expected)
-        int8.check_packed_tensors(document)
+
+    def check(
+        self, key: RoundKey, site: str, document: Document[Update], reader: DocumentReader, settings: FederationSettings
+    ) -> None:
+        """Raise WireError unless what travels in eight bits is finite."""
+        super().check(key, site, document, reader, settings)
+        try:
+            int8.check_packed_tensors(document)
+        except WireError as error:
+            raise WireError(f"the update of site {site} cannot be right: {error}") from error
 
     def describe(self, key: RoundKey) -> str:
         """Return run and number."""
