@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.comparison.arms import FEDERATED_TRAINER, Arm
-from nnunetv2.comparison.known_results import KnownResults
+from nnunetv2.comparison.known_results import KnownResults, models_of
 from nnunetv2.comparison.plans_patch import patch_plans
 from nnunetv2.comparison.scores import POOLED, Score, read_scores
 from nnunetv2.comparison.study import Study
@@ -178,9 +178,8 @@ class Runner:
         """Return the model folders of an arm: name of the site, or `POOLED` -> folder."""
         results = self.folder.trained(arm.name, seed)
         name = f"{trainer_of(arm)}__{self.study.plans_name}__{self.study.configuration}"
-        if arm.training == "pooled":
-            return {POOLED: results / pooled_dataset(self.study) / name}
-        return {site.name: results / site.name / name for site in self.study.sites}
+        datasets = {POOLED: pooled_dataset(self.study)}
+        return {model: results / datasets.get(model, model) / name for model in models_of(arm, self.study)}
 
     def _predict(self, arm: Arm, seed: int, model: str, folder: Path, output: Path) -> None:
         study, tests = self.study, self.folder.tests

@@ -87,6 +87,14 @@ def test_case_name(dataset: Dataset, case: str) -> str:
     return f"{dataset.number:03d}_{case}"
 
 
+def list_tests(study: Study) -> dict[int, frozenset[str]]:
+    """Return the test cases: number of the dataset -> names among those of all datasets."""
+    return {
+        dataset.number: frozenset(test_case_name(dataset, case) for case in list_test_cases(dataset))
+        for dataset in study.tested
+    }
+
+
 def link_datasets(study: Study, folder: StudyFolder) -> None:
     """Make the raw root: links to all sites' datasets, and one of all cases."""
     with whole_or_nothing(folder.raw) as raw:
