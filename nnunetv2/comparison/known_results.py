@@ -115,7 +115,7 @@ def _value_of(place: str, metric: str, values: Mapping[str, object]) -> float:
 
 
 def _number(place: str, expected: str, value: object, largest: float = sys.float_info.max) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= largest:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= largest:
         raise _FieldError(place, expected, value)
     return float(value)
 
