@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from nnunetv2.federated.privacy.plans_redaction import MEDIANS, STATISTICS, WITHHELD
+from nnunetv2.federated.privacy.plans_redaction import MEDIANS, STATISTICS, WITHHELD, without_extrema
 from nnunetv2.federated.protocol.messages import Networks
 
 OWN_PLANS = "own"
@@ -68,6 +68,12 @@ def data_part(plans: Mapping[str, Any], configurations: Iterable[str] | None = N
             name: _only(resolve(plans, name), DECIDED_BY_DATA_PER_CONFIGURATION) for name in sorted(chosen)
         },
     }
+
+
+def data_part_of_training(plans: Mapping[str, Any], configuration: str, networks: Networks) -> dict[str, Any]:
+    """Return what the data decide in plans of how the scans of a configuration are prepared, for all sites alike."""
+    is_alike = networks == "equal" or configuration in OF_ALL_SITES
+    return data_part(without_extrema(plans), [configuration] if is_alike else [])
 
 
 def plans_to_register(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:

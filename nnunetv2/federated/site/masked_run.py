@@ -37,6 +37,8 @@ from nnunetv2.federated.exchanges.secure_sums import (
     training_digest,
 )
 from nnunetv2.federated.privacy.cryptography_library import require_cryptography
+from nnunetv2.federated.privacy.own_networks import data_part_of_training
+from nnunetv2.federated.privacy.plans_redaction import WITHHELD
 from nnunetv2.federated.privacy.require_secure import VARIABLE, required_k
 from nnunetv2.federated.privacy.secure_aggregation.fixed_point import CHANGE_BITS, encode_figure
 from nnunetv2.federated.privacy.secure_aggregation.key_agreement import digest_of
@@ -44,6 +46,7 @@ from nnunetv2.federated.privacy.trust import trust_mode
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, TensorSpec
+from nnunetv2.federated.protocol.strict_json import canonical_json
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.identity import forget_run_keys, has_run_key, load_identity, run_key, secure_folder
 from nnunetv2.federated.site.masking import Fill, Masking, SiteKeys
@@ -72,7 +75,6 @@ class MaskedRun:
         settings: Those that the training obeys, and to which its masks are bound.
         run: Name of the run.
         report: Told in a line what people at this site should know.
-        expects_equal: The networks of all sites are to be the same, since they were planned together.
         credential_file: Beside which this site keeps its identity, keys and outbox. None: that of this machine.
     """
 
@@ -84,7 +86,6 @@ class MaskedRun:
         *,
         run: str,
         report: Callable[[str], object],
-        expects_equal: bool = False,
         credential_file: Path | None = None,
     ) -> None:
         require_cryptography("a federation whose updates are masked")
@@ -98,8 +99,10 @@ class MaskedRun:
         self._least = settings.secure.k
         self._weighting, self._num_rounds = settings.weighting, settings.num_rounds
         self._settings = training_digest(settings)
-        self._needs_alike = expects_equal or required_k() is not None
+        self._needs_alike = True
         """Whether sites with other networks do not count for the smallest sum."""
+        self._planned = b""
+        """Digest of what the pooled fingerprint has decided in the plans; empty if this site has planned alone."""
         self._is_alone_told = False
         self._outbox = Outbox(secure_folder(credential.federation, f"runs/{run}", credential_file))
         self._registered: frozenset[str] = frozenset()
@@ -177,6 +180,11 @@ class MaskedRun:
         self.match = match
         self._registered = frozenset(registered)
         self._registration = registration
+        planned_together, networks = WITHHELD not in registration.plans, self._credential.networks or "equal"
+        if planned_together:
+            part = data_part_of_training(registration.plans, registration.configuration, networks)
+            self._planned = digest_of(canonical_json(part))
+        self._needs_alike = (planned_together and networks == "equal") or required_k() is not None
         self._codec: MaskedCodec = masked_codec_of(match.precision)
         self._weight = registration.num_training_cases if self._weighting == "cases" else 1
         entries = {entry.name: entry for entry in registration.tensors}
@@ -223,7 +231,7 @@ class MaskedRun:
 
     def _training(self, cohort: Collection[str]) -> bytes:
         """Return the digest of what decides how the sites of a cohort train, besides weights."""
-        return digest_of(self._settings, match_digest(self.match, cohort))
+        return digest_of(self._settings, self._planned, match_digest(self.match, cohort))
 
     def _trust(self, signed: Mapping[str, messages.SignedKey]) -> None:
         """Accept the keys of the run's sites, or refuse them."""

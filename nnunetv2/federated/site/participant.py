@@ -63,7 +63,6 @@ class Participant:
         credential: Who this site is; needed where updates are masked.
         credential_file: Where that is; None: the one of this machine.
         report: Told in a line what people at this site should know.
-        expects_equal: See `MaskedRun`.
     """
 
     def __init__(
@@ -75,10 +74,8 @@ class Participant:
         credential: SiteCredential | None = None,
         credential_file: Path | None = None,
         report: Callable[[str], object] = lambda line: None,
-        expects_equal: bool = False,
     ) -> None:
         self.transport = transport
-        self._expects_equal = expects_equal
         self.site = site
         self.run = run
         self.match: messages.Match | None = None
@@ -153,7 +150,6 @@ class Participant:
             settings,
             run=self.run,
             report=self._report,
-            expects_equal=self._expects_equal,
             credential_file=self._credential_file,
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from fake_federation import RUN, in_threads, make_client, make_weights, served, wait_until
+from fake_federation import RUN, in_threads, make_client, make_plans, make_weights, served, wait_until
 from hostile_coordinator import hostile, send
 from lying_coordinator import Liar, Seeds, cancels, lying
 from masked_sites import THREE, MaskedSite, masked_settings, masked_site
@@ -19,8 +19,10 @@ from patience import PATIENCE_S
 
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.errors import FederationError, MatchingError, NotAllowedError, RefusedError, WireError
+from nnunetv2.federated.exchanges.steps import registration
 from nnunetv2.federated.exchanges.steps.secure_sum import ConfirmationStep, UploadStep
 from nnunetv2.federated.privacy.identities import public_of, roster_number, sign_run_key
+from nnunetv2.federated.privacy.plans_redaction import WITHHELD
 from nnunetv2.federated.privacy.secure_aggregation import protocol
 from nnunetv2.federated.privacy.secure_aggregation.key_agreement import agree, derive_key
 from nnunetv2.federated.privacy.secure_aggregation.masking import apply_masks_
@@ -545,6 +547,21 @@ def test_sites_that_are_told_to_do_or_count_next_to_nothing_leave_no_sum_of_the_
     assert not any(cancels(words) for words in seeds.sums(three, UploadKey(RUN, 0)).values())
 
 
+def test_sites_that_were_told_to_prepare_their_scans_in_another_way_leave_no_sum_of_the_other_one(
+    three, monkeypatch, takes_anything
+):
+    """As with a standard deviation so large that their networks see nothing."""
+    monkeypatch.setattr(registration, "check_planned_alike", lambda *_: None)
+    seeds, sites = Seeds(monkeypatch), sites_of(three, "ABC")
+    for site in "BC":
+        statistics = {"foreground_intensity_properties_per_channel": {"0": {"mean": 0.0, "std": 1e9}}}
+        told = sites[site].registration
+        sites[site].registration = told.model_copy(update={"plans": {**told.plans, **statistics}})
+    begin(sites)
+    stop_when_all_have_sent(three, sites, UploadKey(RUN, 0), play)
+    assert not any(cancels(words) for words in seeds.sums(three, UploadKey(RUN, 0)).values())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("is_lie", [False, True])
 def test_different_averages_to_validate_leave_no_sum_of_counts(tmp_path, monkeypatch, takes_anything, is_lie):
@@ -590,19 +607,24 @@ def test_a_tensor_that_is_kept_from_comparison_is_refused(three, lie):
     assert all("head.weight" in str(one) and isinstance(one, WireError | RefusedError) for one in found.values()), found
 
 
-@pytest.mark.parametrize("is_required", [False, True])
-def test_sites_whose_networks_cannot_be_compared_do_not_count_where_they_must_be_alike(tmp_path, is_required):
+@pytest.mark.parametrize("planned", ["alone", "together"])
+def test_sites_whose_networks_cannot_be_compared_do_not_count_where_they_are_to_be_alike(tmp_path, planned):
     """B, C and D have a layer more: bad values of it, sent by a liar, would leave A alone in the sum."""
     shapes = {"encoder.weight": (40, 30), "head.weight": (2, 4)}
     deeper = {**shapes, "decoder.weight": (5, 5)}
     with lying(tmp_path, sites="ABCD") as liar:
         sites = {
-            name: masked_site(liar.federation, name, seed=seed, shapes=shapes if name == "A" else deeper)
+            name: masked_site(
+                liar.federation,
+                name,
+                seed=seed,
+                shapes=shapes if name == "A" else deeper,
+                plans=make_plans(**({WITHHELD: True} if planned == "alone" else {})),
+            )
             for seed, name in enumerate("ABCD")
         }
-        sites["A"].participant._expects_equal = is_required
         begin(sites)
-        if is_required:
+        if planned == "together":
             assert code_of(outcomes({"A": sites["A"]}, play)["A"]) == "networks_differ"
             assert nothing_masked_was_sent(liar, "A")
             return

@@ -6,18 +6,22 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_federation import RUN, in_threads, make_client, make_weights, served, wait_until
+from fake_federation import RUN, in_threads, make_client, make_plans, make_weights, served, wait_until
 from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, masked_site, mean_of
 
 from nnunetv2.federated.coordinator import aggregation_worker
 from nnunetv2.federated.coordinator.storage.backup import backup, restore
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.privacy.plans_redaction import WITHHELD
 from nnunetv2.federated.privacy.secure_aggregation import protocol
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.keys import RoundKey, SurvivorsKey, UploadKey
 from nnunetv2.federated.site.credential import load_credential
 
 QUORUM = {"quorum": 4, "deadline_s": 3600.0}
+
+
+PLANNED_ALONE = make_plans(**{WITHHELD: True})
 
 
 def all_join(sites):
@@ -160,7 +164,7 @@ def test_a_tensor_of_two_sites_stays_local_and_one_whose_sites_drop_out_keeps_it
     of_two = {**of_three, "extra.weight": (3, 3)}
     with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0, **QUORUM)) as federation:
         sites = [
-            masked_site(federation, name, seed=seed, shapes=one, num_cases=10 + seed)
+            masked_site(federation, name, seed=seed, shapes=one, num_cases=10 + seed, plans=PLANNED_ALONE)
             for seed, (name, one) in enumerate(zip(FIVE, (of_two, of_two, of_three, shapes, shapes), strict=True))
         ]
         in_threads(*(site.join for site in sites))
@@ -183,7 +187,7 @@ def test_a_floor_that_is_raised_holds_for_every_tensor(tmp_path):
     of_three = {**shapes, "decoder.weight": (5, 5)}
     with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0)) as federation:
         sites = [
-            masked_site(federation, name, seed=seed, shapes=one, num_cases=10 + seed)
+            masked_site(federation, name, seed=seed, shapes=one, num_cases=10 + seed, plans=PLANNED_ALONE)
             for seed, (name, one) in enumerate(zip(FIVE, (of_three, of_three, of_three, shapes, shapes), strict=True))
         ]
         starts = in_threads(*(site.join for site in sites))

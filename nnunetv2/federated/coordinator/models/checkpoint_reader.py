@@ -135,7 +135,7 @@ class CheckpointReader:
             raise self._wrong(f"it has {len(tensors)} tensors")
         for name, tensor in tensors.items():
             if len(tensor.shape) > _MOST_DIMENSIONS or min(tensor.shape, default=0) < 0:
-                raise self._wrong(f"{name} has the shape {str(tensor.shape):.100}")
+                raise self._wrong(f"{name} has the shape {tensor.shape!s:.100}")
         if sum(tensor.size for tensor in tensors.values()) > _MOST_VALUES * self.path.stat().st_size:
             raise self._wrong("its tensors have far more values than the file")
         return folder, tensors

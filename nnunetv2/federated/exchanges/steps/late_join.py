@@ -20,7 +20,12 @@ from nnunetv2.federated.exchanges.secure_sums import check_count_groups, check_g
 from nnunetv2.federated.exchanges.steps.base import State, Step, messages_of
 from nnunetv2.federated.exchanges.steps.census import check_same_dataset, pool_census, union_of
 from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
-from nnunetv2.federated.exchanges.steps.registration import MembershipStep, check_compatible, remarks_on_match
+from nnunetv2.federated.exchanges.steps.registration import (
+    MembershipStep,
+    check_compatible,
+    check_planned_alike,
+    remarks_on_match,
+)
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document
 from nnunetv2.federated.protocol.keys import (
@@ -146,6 +151,7 @@ class AdmissionStep(_StepOfOneSite[AdmissionKey, Registration, Match], Membershi
         check_compatible({**registered, key.site: registration}, settings.networks)
         admitted = late_join.admit(key.site, registration, reader.agreement(key.run).match, registered)
         if settings.secure is not None:
+            check_planned_alike({**registered, key.site: registration}, settings.networks)
             check_groups(admitted.shared)
             check_count_groups(admitted.annotated)
         return admitted

@@ -48,13 +48,18 @@ def agree_on_plans(plans: Mapping[str, Mapping[str, Any]], networks: Networks = 
         RefusedError: They differ; it names the first field that does.
     """
     comparable = {site: comparable_plans(content, networks) for site, content in plans.items()}
+    check_equal(comparable, networks)
+    return PlansAgreement(digest=json_digest(next(iter(comparable.values()))))
+
+
+def check_equal(comparable: Mapping[str, Mapping[str, Any]], networks: Networks = "equal") -> None:
+    """Raise RefusedError, naming the first field that differs, unless parts of plans are equal at all sites."""
     difference = find_difference(comparable, "plans")
     if difference:
         # The values stay here: those of plans that a site has made alone tell of its data.
         raise RefusedError(
             f"the plans differ: {difference.without_values()}", _remedy(difference.place, networks), code="plans_differ"
         )
-    return PlansAgreement(digest=json_digest(next(iter(comparable.values()))))
 
 
 def _remedy(place: str, networks: Networks) -> str:

@@ -17,9 +17,10 @@ from nnunetv2.federated.exchanges.label_union import OPTION
 from nnunetv2.federated.exchanges.secure_sums import check_count_groups, check_groups
 from nnunetv2.federated.exchanges.steps.base import LARGEST_MESSAGE, Step, comparable, messages_of
 from nnunetv2.federated.exchanges.steps.census import check_same_dataset, planned_cases, settled_labels
-from nnunetv2.federated.exchanges.steps.plans import agree_on_plans
+from nnunetv2.federated.exchanges.steps.plans import agree_on_plans, check_equal
 from nnunetv2.federated.privacy.identities import check_run_keys
-from nnunetv2.federated.privacy.own_networks import plans_to_register
+from nnunetv2.federated.privacy.own_networks import data_part_of_training, plans_to_register
+from nnunetv2.federated.privacy.plans_redaction import WITHHELD
 from nnunetv2.federated.privacy.secure_aggregation.protocol import check_size
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.document import Document, Limits, TensorSpec
@@ -125,6 +126,8 @@ class RegistrationStep(MembershipStep[RegistrationKey]):
 def match_registrations(contributed: Mapping[str, Registration], settings: FederationSettings) -> Match:
     """Decide what the sites of a run share."""
     check_compatible(contributed, settings.networks)
+    if settings.secure is not None:
+        check_planned_alike(contributed, settings.networks)
     pretrained = {site: message.pretrained_weights for site, message in contributed.items()}
     if settings.initial_weights is None:
         check_pretrained_weights(pretrained)
@@ -276,6 +279,27 @@ def check_compatible(registered: Mapping[str, Registration], networks: Networks 
     check_same_dataset({site: message.dataset_json for site, message in registered.items()})
     if networks == "own" or any(message.requires_equal_plans for message in registered.values()):
         agree_on_plans({site: message.plans for site, message in registered.items()}, networks)
+
+
+def check_planned_alike(registered: Mapping[str, Registration], networks: Networks) -> None:
+    """Raise RefusedError unless all sites have planned from the same pooled fingerprint, or each by itself.
+
+    Sites that have planned together mask for others with the same spacings, normalization and intensities only.
+    """
+    together = {
+        site: data_part_of_training(message.plans, message.configuration, networks)
+        for site, message in registered.items()
+        if WITHHELD not in message.plans
+    }
+    if together and len(together) < len(registered):
+        raise RefusedError(
+            f"{', '.join(sorted(together))} have planned together, and "
+            f"{', '.join(sorted(registered.keys() - together.keys()))} alone: they would not be summed behind masks",
+            "Plan with nnUNetv2_plan_and_preprocess --federated at all sites, or with --federated asym at all.",
+            code="plans_differ",
+        )
+    if together:
+        check_equal(together, "own")
 
 
 def check_given_weights(match: Match, registered: Mapping[str, Registration], given: Mapping[str, TensorSpec]) -> None:

@@ -70,7 +70,7 @@ from nnunetv2.federated.site.participant import Participant, Weights
 from nnunetv2.federated.site.transport import Transport, open_transport
 from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.models.networks import bare_network
-from nnunetv2.preprocessed_data.fingerprint_files import has_pooled_fingerprint, pooled_fingerprint
+from nnunetv2.preprocessed_data.fingerprint_files import pooled_fingerprint
 from nnunetv2.training.distributed import is_distributed
 from nnunetv2.training.folder_lock import FolderInUseError
 from nnunetv2.training.loss.marginal import over_annotated_classes
@@ -238,14 +238,8 @@ class FederatedTraining(RenamedHooks):
         run = keys.run_name(self.configuration_name, self.fold, type(self).__name__)
         # Every process can report its own failure; for all else only the first one uses its connection.
         with self.make_transport(credential, report=self.print_to_log_file) as transport:
-            planned_together = has_pooled_fingerprint(Path(self.preprocessed_dataset_folder_base))
             self.participant = Participant(
-                transport,
-                site=credential.site,
-                run=run,
-                credential=credential,
-                report=self.print_to_log_file,
-                expects_equal=planned_together and credential.networks is None,
+                transport, site=credential.site, run=run, credential=credential, report=self.print_to_log_file
             )
             # What ends one of several processes may be the failure of another one, which has reported that.
             speaks_last = (
