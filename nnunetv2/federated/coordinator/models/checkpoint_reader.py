@@ -1,19 +1,21 @@
 """Read the weights of a checkpoint without torch, and without running its pickle.
 
 The layout of the file is that of `checkpoint_file.py`. The pickle may name anything; only containers are built, tensors
-become descriptions of where their bytes lie, and all else becomes an object that does nothing.
+become descriptions of where their bytes lie, and all else becomes an object that does nothing. No file asks for more
+memory than its own size accounts for.
 """
 
 from __future__ import annotations
 
 import math
 import pickle
+import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,6 +25,10 @@ from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.document import TensorSpec, write_document
 from nnunetv2.federated.protocol.messages import MAX_TENSORS, Aggregate, Precision
 
+_MOST_VALUES = 16
+"""Numbers in all tensors together, for each byte of the file. Networks name a parameter up to four times."""
+_MOST_DIMENSIONS = 8
+"""As in the documents that weights become."""
 LARGEST_PICKLE = 256 << 20
 """Bytes of what a checkpoint holds beside tensors: curves, plans, names."""
 _STORAGES = {"DoubleStorage": "<f8", "FloatStorage": "<f4", "HalfStorage": "<f2", "BFloat16Storage": "<u2"}
@@ -42,6 +48,18 @@ class StoredTensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     """Elements from one to the next along each axis."""
+
+    @property
+    def size(self) -> int:
+        """Return how many elements it has."""
+        return math.prod(self.shape)
+
+    def lies_within(self, count: int) -> bool:
+        """Tell whether its elements can be among so many of a storage, each of them once."""
+        if len(self.shape) != len(self.strides) or min((*self.shape, *self.strides, self.offset)) < 0:
+            return False
+        last = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.strides))
+        return self.size == 0 or (self.size <= count and last < count)
 
 
 class CheckpointReader:
@@ -78,14 +96,11 @@ class CheckpointReader:
         tensor = self.tensors[name]
         dtype = np.dtype(_STORAGES[tensor.kind])
         try:
-            values = np.frombuffer(self._archive.read(f"{self._folder}data/{tensor.storage}"), dtype)
+            values = np.frombuffer(self._read_file(f"{self._folder}data/{tensor.storage}"), dtype)
         except (KeyError, zipfile.BadZipFile, ValueError) as error:
             raise self._wrong(f"the values of {name} are missing or damaged") from error
-        last = tensor.offset + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.strides))
-        if math.prod(tensor.shape) and not (
-            0 <= tensor.offset <= last < len(values) and min(tensor.strides, default=0) >= 0
-        ):
-            raise self._wrong(f"{name} reaches beyond its values")
+        if not tensor.lies_within(len(values)):
+            raise self._wrong(f"{name} reaches beyond its values, or has more than are there")
         strides = tuple(step * dtype.itemsize for step in tensor.strides)
         array = np.lib.stride_tricks.as_strided(values[tensor.offset :], tensor.shape, strides)
         if tensor.kind == "BFloat16Storage":
@@ -101,7 +116,7 @@ class CheckpointReader:
         if len(found) != 1 or self._archive.getinfo(found[0]).file_size > LARGEST_PICKLE:
             raise self._wrong("it holds no data.pkl, or a very large one")
         folder = found[0].removesuffix("data.pkl")
-        if f"{folder}byteorder" in self._archive.namelist() and self._archive.read(f"{folder}byteorder") != b"little":
+        if f"{folder}byteorder" in self._archive.namelist() and self._read_file(f"{folder}byteorder") != b"little":
             raise self._wrong("its numbers are big-endian")
         try:
             with self._archive.open(found[0]) as file:
@@ -118,7 +133,19 @@ class CheckpointReader:
         }
         if not 0 < len(tensors) <= MAX_TENSORS:
             raise self._wrong(f"it has {len(tensors)} tensors")
+        for name, tensor in tensors.items():
+            if len(tensor.shape) > _MOST_DIMENSIONS or min(tensor.shape, default=0) < 0:
+                raise self._wrong(f"{name} has the shape {tensor.shape!s:.100}")
+        if sum(tensor.size for tensor in tensors.values()) > _MOST_VALUES * self.path.stat().st_size:
+            raise self._wrong("its tensors have far more values than the file")
         return folder, tensors
+
+    def _read_file(self, name: str) -> bytes:
+        """Read a file of the archive, which torch does not compress."""
+        entry = self._archive.getinfo(name)
+        if entry.file_size > entry.compress_size:
+            raise self._wrong(f"{name} is compressed")
+        return self._archive.read(entry)
 
     def _wrong(self, problem: str) -> FederationError:
         return FederationError(f"{self.path} is no checkpoint to start from: {problem}")
@@ -172,8 +199,20 @@ class _StorageClass:
     kind: str
 
 
-class _Unpickler(pickle.Unpickler):
-    """Build containers, numbers and texts; see the module."""
+@dataclass(frozen=True)
+class _Storage:
+    name: str
+    kind: str
+
+
+class _Unpickler(pickle._Unpickler):
+    """Build containers, numbers and texts; see the module.
+
+    The unpickler that is written in Python: that in C keeps a table of references as long as six bytes ask for.
+    """
+
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -190,15 +229,24 @@ class _Unpickler(pickle.Unpickler):
         word, kind, key, *_ = identity
         if word != "storage" or not isinstance(kind, _StorageClass) or "/" in str(key):
             return _Nothing()
-        return str(key), kind.kind
+        return _Storage(str(key), kind.kind)
+
+    def _load_bytearray(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))  # pickle makes one of this size before it reads
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: _load_bytearray,
+    }
 
 
 def _describe_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:
-    if not isinstance(storage, tuple):
+    if not isinstance(storage, _Storage):
         return _Nothing()
     return StoredTensor(
-        storage=storage[0],
-        kind=storage[1],
+        storage=storage.name,
+        kind=storage.kind,
         offset=int(offset),
         shape=tuple(map(int, shape)),
         strides=tuple(map(int, strides)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections import OrderedDict
 
@@ -99,10 +100,53 @@ def test_a_tensor_that_reaches_beyond_its_values_is_refused(tmp_path):
     path = save(tmp_path / "c.pth", w=torch.ones(2, 3))
     with CheckpointReader(path) as reader:
         tensor = reader.tensors["w"]
-        for change in ({"offset": 1}, {"strides": (-1, 1)}, {"shape": (3, 3)}, {"storage": "99"}):
+        for change in (
+            {"offset": 1},
+            {"offset": -1},
+            {"strides": (-1, 1)},
+            {"strides": (1,)},
+            {"shape": (3, 3)},
+            {"shape": (-1, -6)},
+            {"shape": (7, 1), "strides": (0, 0)},
+            {"storage": "99"},
+        ):
             reader.tensors["w"] = type(tensor)(**{**vars(tensor), **change})
             with pytest.raises(FederationError, match="beyond its values|missing or damaged"):
                 reader.read("w")
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda path: save(path, w=torch.zeros(1).expand(400, 400)), "far more values than the file"),
+        (lambda path: save(path, w=torch.zeros(1).expand(2, 2)), "w reaches beyond its values, or has more"),
+        (lambda path: save(path, **{f"w{i}": MANY for i in range(99)}), "far more values than the file"),
+        (lambda path: save(path, w=torch.zeros((1,) * 9)), r"w has the shape .1, 1, 1, 1, 1, 1, 1, 1, 1."),
+        (lambda path: save_compressed(path, w=torch.zeros(100)), "archive/data/0 is compressed"),
+        (lambda path: replace_pickle(path, b"\x80\x02]r\xff\xff\xff\xff."), "no network_weights"),
+        (lambda path: replace_pickle(path, b"\x80\x05\x96" + (10**12).to_bytes(8, "little")), "data.pkl is damaged"),
+    ],
+)
+def test_a_small_file_does_not_ask_for_much_memory(tmp_path, damage, complaint):
+    damage(tmp_path / "c.pth")
+    tracemalloc.start()
+    try:
+        with pytest.raises(FederationError, match=complaint):
+            write_weights(tmp_path / "c.pth", tmp_path / "weights")
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+MANY = torch.zeros(4000)
+
+
+def save_compressed(path, **weights) -> None:
+    with zipfile.ZipFile(save(path, **weights)) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in content.items():
+            archive.writestr(f"archive/{name.partition('/')[2]}", part, zipfile.ZIP_DEFLATED if "data/0" in name else 0)
 
 
 def test_it_needs_no_torch(tmp_path):
