@@ -8,6 +8,7 @@ came first.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -130,9 +131,10 @@ def _order(classes: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def _check_common(classes: Mapping[str, Mapping[str, int]]) -> None:
+    annotators = Counter(name for one in classes.values() for name in one)
     for site, own in classes.items():
-        others = set().union(*(one for other, one in classes.items() if other != site))
-        if len(classes) > 1 and not own.keys() & others:
+        if len(classes) > 1 and not any(annotators[name] > 1 for name in own):
+            others = annotators.keys() - own.keys()
             raise _refusal(
                 f"site {site} annotates {_quoted(own) or 'nothing'}, and no other site does: the others annotate "
                 f"{_quoted(sorted(others)) or 'nothing'}",
@@ -146,12 +148,15 @@ def _check_spellings(labels_of: Mapping[str, Mapping[str, int]]) -> None:
     for site, labels in labels_of.items():
         for name in labels:
             sites.setdefault(name, []).append(site)
-    alike: dict[str, list[str]] = {}
+    # Of alike names at the same sites the first stands for all: another one clashes with the same names.
+    alike: dict[str, dict[frozenset[str], str]] = {}
     for name in sorted(sites):
         for spelling in _spellings(name):
-            alike.setdefault(spelling, []).append(name)
-    for one, other in (pair for names in alike.values() for pair in combinations(names, 2)):
-        if not {*sites[one]} & {*sites[other]}:
+            alike.setdefault(spelling, {}).setdefault(frozenset(sites[name]), name)
+    for first in alike.values():
+        clash = next((pair for pair in combinations(first, 2) if pair[0].isdisjoint(pair[1])), None)
+        if clash is not None:
+            one, other = (first[found_at] for found_at in clash)
             raise _refusal(
                 f"{_quoted([one])} at {', '.join(sites[one])} and {_quoted([other])} at {', '.join(sites[other])} look "
                 "like one class in two spellings",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+import time
+from itertools import islice, permutations, product
 
 import pytest
 
@@ -93,6 +94,16 @@ def test_what_cannot_be_told_apart_is_refused_by_name(sites, words):
 def test_thousands_of_classes_take_no_time():
     many = labels(*(f"class number {number}x" for number in range(3000)))
     assert len(unite_labels({"A": many, "B": many}).annotators) == 3000
+
+
+def test_thousands_of_names_of_one_site_that_look_alike_take_no_time():
+    alike = ["a" + "".join(signs) for signs in islice(product("_.- ", repeat=7), 10_000)]
+    sites = {"A": labels(*alike), "B": labels(alike[0]), "C": labels(alike[0])}
+    begin = time.process_time()
+    assert len(unite_labels(sites).annotators) == len(alike)
+    assert time.process_time() - begin < 2  # 12 s and more when each is compared with each
+    with pytest.raises(RefusedError, match="'A' at C and 'a-. __  ' at A look like one class"):
+        unite_labels({**sites, "C": labels("A", alike[1])})
 
 
 UNION = LabelUnion(labels("liver", "spleen", ignore=3), {"liver": 2, "spleen": 1})
