@@ -19,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -144,6 +144,10 @@ class _RestrictedUnpickler(pickle._Unpickler):
     The unpickler that is written in Python: that in C keeps a table of references as long as six bytes ask for.
     """
 
+    stack: list[Any]
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+
     def __init__(self, content: bytes, admitted: Mapping[tuple[str, str], object]) -> None:
         super().__init__(io.BytesIO(content))
         self._admitted = admitted
@@ -196,7 +200,7 @@ class _RestrictedUnpickler(pickle._Unpickler):
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("it holds objects of classes")
 
-    dispatch = {
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
         **pickle._Unpickler.dispatch,
         pickle.REDUCE[0]: _load_reduce,
         pickle.BUILD[0]: _load_build,

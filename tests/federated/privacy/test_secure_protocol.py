@@ -1,7 +1,7 @@
 """The five steps of secure aggregation, on plain values."""
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunetv2.federated.errors import AggregationError, RefusedError
-from nnunetv2.federated.privacy.secure_aggregation import protocol
+from nnunetv2.federated.privacy.secure_aggregation import protocol, shamir
 from nnunetv2.federated.privacy.secure_aggregation.key_agreement import generate_private_key, public_key_of
 from nnunetv2.federated.privacy.secure_aggregation.protocol import CHECK_WORDS, WORDS, Cohort, Lane
 
@@ -198,6 +198,83 @@ def test_false_shares_among_just_enough_answers_are_noticed(five):
     answers["b"] = answers["b"] ^ 1
     with pytest.raises(protocol.SharesDoNotFitError, match="false shares"):
         add_up(meeting, [lane], uploads, survivors, answers)
+
+
+def make_meeting(number: int, lanes=1):
+    """Return so many sites, their lanes, uploads, survivors and answers."""
+    meeting = Meeting([f"s{index:02d}" for index in range(number)])
+    lanes = [Lane(f"w{index}", tuple(meeting.names), "U32", 4) for index in range(lanes)]
+    vectors = {lane.name: np.zeros(4, np.uint32) for lane in lanes}
+    uploads = {site: upload(meeting.cohort, meeting.private[site], site, lanes, vectors) for site in meeting.names}
+    survivors = {lane.name: tuple(meeting.names) for lane in lanes}
+    answers = {
+        site: protocol.reveal_shares(
+            meeting.cohort,
+            site,
+            meeting.private[site],
+            lanes,
+            survivors,
+            {sender: one[1].envelopes[site] for sender, one in uploads.items()},
+            least=K,
+        )
+        for site in meeting.names
+    }
+    return meeting, lanes, uploads, survivors, answers
+
+
+def commit_falsely(uploads, site):
+    commitments = uploads[site][1].commitments.copy()
+    commitments[0] ^= 1
+    masked, shared = uploads[site]
+    uploads[site] = masked, replace(shared, commitments=commitments)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Count the seeds that are rebuilt from a set of answers."""
+    counts = []
+    combine = shamir.combine
+    monkeypatch.setattr(
+        shamir, "combine", lambda shares: counts.append(len(next(iter(shares.values())))) or combine(shares)
+    )
+    return counts
+
+
+def test_false_answers_are_survived_as_long_as_enough_are_honest():
+    meeting, lanes, uploads, survivors, answers = make_meeting(8)
+    rng = np.random.default_rng(0)
+    for liars in itertools.combinations(meeting.names, 8 - meeting.cohort.threshold):
+        invented = {site: rng.integers(0, 256, answers[site].shape, np.uint8) for site in liars}
+        sent = {**answers, **invented}
+        sums, false = add_up(meeting, lanes, uploads, survivors, sent)
+        assert false == liars and not sums["w0"][CHECK_WORDS:].any()
+
+
+def test_answers_that_are_false_here_and_there_are_survived_and_named():
+    """No set of answers fits as a whole; each row has enough honest ones."""
+    meeting, lanes, uploads, survivors, answers = make_meeting(5)
+    for number, site in enumerate(("s00", "s02", "s04")):
+        answers[site] = answers[site].copy()
+        answers[site][number] ^= 1
+    _, false = add_up(meeting, lanes, uploads, survivors, answers)
+    assert false == ("s00", "s02", "s04")
+
+
+def test_a_false_commitment_is_noticed_at_once(counted):
+    meeting, lanes, uploads, survivors, answers = make_meeting(16, lanes=2)
+    commit_falsely(uploads, "s03")
+    with pytest.raises(protocol.SharesDoNotFitError, match=r"do not rebuild the seeds of s03: "):
+        add_up(meeting, lanes, uploads, survivors, answers)
+    assert sum(counted) < 3 * 16 * 2  # all seeds once, and one of them for each further answer
+
+
+def test_false_answers_beside_a_false_commitment_do_not_take_long(counted):
+    meeting, lanes, uploads, survivors, answers = make_meeting(16, lanes=2)
+    commit_falsely(uploads, "s03")
+    answers["s09"] = answers["s09"] ^ 1
+    with pytest.raises(protocol.SharesDoNotFitError, match=r"do not rebuild the seeds of s03: "):
+        add_up(meeting, lanes, uploads, survivors, answers)
+    assert sum(counted) < 16 * 16 * 2 + 2100  # one seed for each further set
 
 
 def test_masks_of_another_aggregate_do_not_cancel_out(five):

@@ -329,7 +329,14 @@ def test_what_rounding_took_from_a_sum_that_stays_sealed_is_still_due(tmp_path):
     settings = masked_settings(FIVE, validate_every=0, precision="float16", **QUORUM)
     with served(tmp_path / "federation", settings) as federation:
         sites = [
-            masked_site(federation, name, seed=seed, shapes=of_three if seed < 3 else shapes, num_cases=10 + seed)
+            masked_site(
+                federation,
+                name,
+                seed=seed,
+                shapes=of_three if seed < 3 else shapes,
+                num_cases=10 + seed,
+                plans=PLANNED_ALONE,
+            )
             for seed, name in enumerate(FIVE)
         ]
         in_threads(*(site.join for site in sites))

@@ -12,10 +12,10 @@ import pickle
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -211,6 +211,9 @@ class _Unpickler(pickle._Unpickler):
     The unpickler that is written in Python: that in C keeps a table of references as long as six bytes ask for.
     """
 
+    append: Callable[[Any], None]
+    read: Callable[[int], bytes]
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
@@ -232,7 +235,10 @@ class _Unpickler(pickle._Unpickler):
         (size,) = struct.unpack("<Q", self.read(8))
         self.append(bytearray(self.read(size)))  # pickle makes one of this size before it reads
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BYTEARRAY8[0]: _load_bytearray}
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: _load_bytearray,
+    }
 
 
 def _describe_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:

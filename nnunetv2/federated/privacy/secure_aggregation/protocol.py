@@ -52,7 +52,7 @@ CHECK_WORDS = 4
 WORDS: dict[str, np.dtype] = {"U16": np.dtype("<u2"), "U32": np.dtype("<u4"), "U64": np.dtype("<u8")}
 """Name, as in documents -> numpy dtype of the integers that are added."""
 _SUBSETS_TRIED = 2000
-"""Sets of answers from which seeds are rebuilt before it is said that they do not fit."""
+"""Sets of answers from which one seed is rebuilt before it is said that they do not fit."""
 
 SeedName = tuple[str, str]
 """Lane and site: of a site u, (lane, u) is its self seed, (lane, v) the seed that it has in common with v."""
@@ -446,7 +446,11 @@ def rebuild_seeds(
 ) -> tuple[dict[str, Masks], tuple[str, ...]]:
     """Rebuild, at the coordinator, the seeds that the sums still contain.
 
-    Any t honest answers give the same.
+    Any t honest answers give the same. A seed that matches its commitment is the right one, whatever set of answers it
+    comes from; the others are looked for in further sets. After those that leave each answer out in turn, a set is
+    tried with one of the missing seeds first: honest answers give that one too. If all answers to it lie on one
+    polynomial, every set gives the same, and the search ends: its owner has dealt another seed than it has committed
+    itself to.
 
     Args:
         answers: Site -> what its `reveal_shares` has returned; at least t of them.
@@ -456,39 +460,70 @@ def rebuild_seeds(
         Lane -> its masks, and the names of sites whose shares are false, as far as that shows.
 
     Raises:
-        SharesDoNotFitError: No t of the answers fit; it names the sites whose seeds cannot be rebuilt.
+        SharesDoNotFitError: No t of the answers that were tried fit; it names the sites whose seeds are not rebuilt.
     """
     wanted = _revealed(lanes, survivors, least)
     expected = _expected_commitments(wanted, lanes, survivors, commitments)
     if len(answers) < cohort.threshold:
         raise AggregationError(f"{len(answers)} answers, it takes {cohort.threshold}")
-    for used in _subsets(sorted(answers), cohort.threshold):
-        seeds = shamir.combine({cohort.point(site): answers[site] for site in used})
-        if np.array_equal(commitments_to(map(bytes, seeds)), expected):
-            break
-    else:
-        fits = (commitments_to(map(bytes, seeds)) == expected).all(axis=1)
-        owners = sorted({site for (site, _), is_right in zip(wanted, fits, strict=True) if not is_right})
+    seeds, used_for, missing = _fitting_seeds(
+        {cohort.point(site): answers[site] for site in sorted(answers)}, expected, cohort.threshold
+    )
+    if len(missing):
+        owners = sorted({wanted[row][0] for row in missing})
         raise SharesDoNotFitError(
             f"the shares of {', '.join(sorted(answers))} do not rebuild the seeds of {', '.join(owners)}: one of them "
             "has sent false shares, or these sites have dealt false ones",
             "The round waits for further answers; nnUNetv2_fed_admin abandon ends it.",
             code="shares_do_not_fit",
         )
-    held = {cohort.point(site): answers[site] for site in used}
     false = tuple(
         site
         for site in sorted(answers)
-        if site not in used and not np.array_equal(shamir.combine_at(held, cohort.point(site)), answers[site])
+        if any(not _lies_on(part, cohort.point(site), answers[site][rows]) for part, rows in used_for)
     )
     return _masks_of(dict(zip(wanted, map(bytes, seeds), strict=True)), lanes, survivors, least), false
 
 
-def _subsets(sites: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
-    """Yield subsets to rebuild seeds from: at first those that leave each site out in turn, then others."""
-    for begin in range(len(sites)):
-        yield tuple((*sites[begin:], *sites[:begin])[:size])
-    yield from islice(combinations(sites, size), _SUBSETS_TRIED)
+def _fitting_seeds(
+    answers: Mapping[int, np.ndarray], expected: np.ndarray, threshold: int
+) -> tuple[np.ndarray, list[tuple[Mapping[int, np.ndarray], np.ndarray]], np.ndarray]:
+    """Look for sets of answers, point -> shares, that give seeds with the expected commitments.
+
+    Returns:
+        The seeds; the sets that gave them, each as its answers to some rows and these rows; the rows without a seed.
+    """
+    seeds, missing = np.zeros_like(expected), np.arange(len(expected))
+    used_for: list[tuple[Mapping[int, np.ndarray], np.ndarray]] = []
+
+    def tried(points: Iterable[int], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = shamir.combine({point: answers[point][rows] for point in points})
+        return found, (commitments_to(map(bytes, found)) == expected[rows]).all(axis=1)
+
+    for number, points in enumerate(_subsets(tuple(answers), threshold)):
+        if number >= len(answers) and not tried(points, missing[:1])[1].all():
+            continue
+        found, fits = tried(points, missing)
+        rows, missing = missing[fits], missing[~fits]
+        seeds[rows] = found[fits]
+        if len(rows):
+            used_for.append(({point: answers[point][rows] for point in points}, rows))
+        first = {point: answers[point][missing[:1]] for point in answers}
+        if all(_lies_on({point: first[point] for point in points}, other, first[other]) for other in first):
+            break  # also if nothing is missing
+    return seeds, used_for, missing
+
+
+def _lies_on(shares: Mapping[int, np.ndarray], point: int, values: np.ndarray) -> bool:
+    """Tell whether values at a point are those of the polynomials through some shares."""
+    return point in shares or np.array_equal(shamir.combine_at(shares, point), values)
+
+
+def _subsets(points: Sequence[int], size: int) -> Iterator[tuple[int, ...]]:
+    """Yield subsets to rebuild seeds from: at first those that leave each point out in turn, then others."""
+    for begin in range(len(points)):
+        yield tuple((*points[begin:], *points[:begin])[:size])
+    yield from islice(combinations(points, size), _SUBSETS_TRIED)
 
 
 def _expected_commitments(
