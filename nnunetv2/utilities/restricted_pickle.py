@@ -1,4 +1,4 @@
-"""Read the pickles of nnU-Net without running what they ask for, in memory that their size accounts for.
+"""Read the pickles of nnU-Net in little memory, without running anything in them.
 
 They hold properties of cases.
 

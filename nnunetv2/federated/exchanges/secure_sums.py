@@ -161,10 +161,11 @@ def check_groups(shared: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def sites_alike(match: Match, cohort: Iterable[str], site: str) -> tuple[str, ...]:
-    """Return the sites of a cohort that get no tensor which a site does not get, itself among them.
+    """Return the sites of a cohort that get no tensor which one site lacks.
 
-    Its masks are bound to all that these start from. Others have tensors which it cannot compare: a coordinator that
-    lies could send bad ones, so that they learn nothing, and what they add to a sum would be known.
+    That site is among them. Its masks are bound to all that these start from. Others have tensors which it cannot
+    compare: a coordinator that lies could send bad ones, so that they learn nothing, and what they add to a sum would be
+    known.
     """
     others = {other for sites in match.receivers().values() if site not in sites for other in sites}
     return tuple(sorted(set(cohort) - others))

@@ -71,7 +71,7 @@ def data_part(plans: Mapping[str, Any], configurations: Iterable[str] | None = N
 
 
 def data_part_of_training(plans: Mapping[str, Any], configuration: str, networks: Networks) -> dict[str, Any]:
-    """Return what the data decide in plans of how the scans of a configuration are prepared, for all sites alike."""
+    """Return the part of plans that the data decide for all sites, for one configuration."""
     is_alike = networks == "equal" or configuration in OF_ALL_SITES
     return data_part(without_extrema(plans), [configuration] if is_alike else [])
 

@@ -510,7 +510,7 @@ class Match(WithPrecision, Message):
         return self.names_at(site) | {name: sites[site] for name, sites in self.received.items() if site in sites}
 
     def receivers(self) -> dict[str, frozenset[str]]:
-        """Return canonical name -> all sites that get a tensor, whether they send it or not."""
+        """Return canonical name -> all sites that get a tensor, senders or not."""
         return {name: frozenset({*sites, *self.received.get(name, ())}) for name, sites in self.shared.items()}
 
 

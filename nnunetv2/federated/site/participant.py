@@ -434,9 +434,10 @@ class Participant:
 
 
 def check_match(match: messages.Match, site: str, tensors: Mapping[str, messages.TensorEntry]) -> None:
-    """Raise WireError unless a site's shared tensors are its own and distinct, and it sends those that it trains.
+    """Raise WireError unless a site's shared tensors are its own and distinct.
 
-    A site that trains a tensor and only received it would begin each round with values that nobody else compares.
+    It sends those that it trains, and no others. A site that trains a tensor and only received it would begin each
+    round with values that nobody else compares.
 
     Args:
         tensors: Its own name -> what it has registered.

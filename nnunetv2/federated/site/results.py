@@ -28,7 +28,7 @@ def weights_bytes(registration: messages.Registration) -> int:
 
 
 class ResultSizes:
-    """How many bytes a site's results may have, given the networks that it has registered."""
+    """Limits of the bytes of a site's results, by the networks that it has registered."""
 
     def __init__(self) -> None:
         self._weights: dict[str, int] = {}
@@ -53,7 +53,7 @@ class ResultSizes:
 
 
 def largest_model(folder: Path, *, copies: int = 1, held: int = 0) -> int:
-    """Return how many bytes a model may have, as nnUNet_max_model_gb and the disk of a folder allow.
+    """Return how many bytes of a model nnUNet_max_model_gb and the disk allow.
 
     Args:
         copies: How often it is written on that disk.
@@ -70,7 +70,7 @@ def largest_model(folder: Path, *, copies: int = 1, held: int = 0) -> int:
 
 
 def too_large(what: str, error: OversizedError) -> WireError:
-    """Return the error for what a coordinator sends, or announces, with more bytes than it can have."""
+    """Return the error for an answer of more bytes than it can have."""
     return WireError(f"what the coordinator sends for {what} is refused: {error}")
 
 

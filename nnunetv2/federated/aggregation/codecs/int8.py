@@ -84,7 +84,7 @@ def unpack(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def check_packed(name: str, packed: np.ndarray) -> None:
-    """Raise WireError unless all values of a tensor are finite: steps from 0 on, and 127 of them at most."""
+    """Raise WireError unless all values of a tensor are finite."""
     for _, block in _blocks(packed, packed.size - _HEAD * -(-packed.size // (BLOCK + _HEAD))):
         if not 0 <= (step := _step(block)) <= _LARGEST_STEP:  # neither is NaN
             raise WireError(

@@ -55,7 +55,11 @@ class StoredTensor:
         return math.prod(self.shape)
 
     def lies_within(self, count: int) -> bool:
-        """Tell whether its elements can be among so many of a storage, each of them once."""
+        """Tell whether it can be part of a storage, no element used twice.
+
+        Args:
+            count: Elements of the storage.
+        """
         if len(self.shape) != len(self.strides) or min((*self.shape, *self.strides, self.offset)) < 0:
             return False
         last = self.offset + sum((size - 1) * step for size, step in zip(self.shape, self.strides))

@@ -53,7 +53,7 @@ def agree_on_plans(plans: Mapping[str, Mapping[str, Any]], networks: Networks = 
 
 
 def check_equal(comparable: Mapping[str, Mapping[str, Any]], networks: Networks = "equal") -> None:
-    """Raise RefusedError, naming the first field that differs, unless parts of plans are equal at all sites."""
+    """Raise RefusedError, naming the first field that differs, unless plans are equal."""
     difference = find_difference(comparable, "plans")
     if difference:
         # The values stay here: those of plans that a site has made alone tell of its data.

@@ -282,7 +282,7 @@ def check_compatible(registered: Mapping[str, Registration], networks: Networks 
 
 
 def check_planned_alike(registered: Mapping[str, Registration], networks: Networks) -> None:
-    """Raise RefusedError unless all sites have planned from the same pooled fingerprint, or each by itself.
+    """Raise RefusedError unless all sites have planned together, or each alone.
 
     Sites that have planned together mask for others with the same spacings, normalization and intensities only.
     """
