@@ -80,6 +80,10 @@ def hide_torch(folder: Path) -> Path:
     return folder / "without_torch"
 
 
+SESSION_S = 20 * 60
+"""NVFlare ends the session of an administrator who is silent for half an hour, and answers nothing then."""
+
+
 class Network:
     """A provisioned network, and its processes once they are started.
 
@@ -101,6 +105,7 @@ class Network:
         self.environment.pop("PYTHONPATH", None)
         self.processes: dict[str, subprocess.Popen] = {}
         self._admin: subprocess.Popen | None = None
+        self._asked = 0.0
         (folder / "home").mkdir(parents=True)
         self._provision()
 
@@ -266,6 +271,11 @@ class Network:
     # ----------------------------------------------------------------------------------------------------------- jobs
     def ask(self, name: str, *arguments: object):
         """Ask the server as its administrator."""
+        is_forgotten = time.monotonic() - self._asked > SESSION_S
+        if self._admin is not None and is_forgotten:
+            self._admin.kill()
+            self._admin.wait()
+        self._asked = time.monotonic()
         if self._admin is None or self._admin.poll() is not None:
             with (self.folder / "admin.log").open("ab") as log:
                 self._admin = subprocess.Popen(

@@ -164,7 +164,7 @@ def sites_alike(match: Match, cohort: Iterable[str], site: str) -> tuple[str, ..
     """Return the sites of a cohort that get no tensor which one site lacks.
 
     That site is among them. Its masks are bound to all that these start from. Others have tensors which it cannot
-    compare: a coordinator that lies could send bad ones, so that they learn nothing, and what they add to a sum would be
+    compare: a coordinator that lies could send bad ones, so that they learn nothing, and their part of a sum would be
     known.
     """
     others = {other for sites in match.receivers().values() if site not in sites for other in sites}
