@@ -271,10 +271,8 @@ class Network:
     # ----------------------------------------------------------------------------------------------------------- jobs
     def ask(self, name: str, *arguments: object):
         """Ask the server as its administrator."""
-        is_forgotten = time.monotonic() - self._asked > SESSION_S
-        if self._admin is not None and is_forgotten:
-            self._admin.kill()
-            self._admin.wait()
+        if time.monotonic() - self._asked > SESSION_S:
+            self.forget_admin()
         self._asked = time.monotonic()
         if self._admin is None or self._admin.poll() is not None:
             with (self.folder / "admin.log").open("ab") as log:
