@@ -160,15 +160,15 @@ def check_groups(shared: Mapping[str, Mapping[str, str]]) -> None:
         )
 
 
-def sites_alike(match: Match, cohort: Iterable[str], site: str) -> tuple[str, ...]:
-    """Return the sites of a cohort that get no tensor which one site lacks.
+def sites_that_differ(match: Match, cohort: Iterable[str]) -> tuple[str, ...]:
+    """Return the sites of a cohort that lack a tensor which others of it get.
 
-    That site is among them. Its masks are bound to all that these start from. Others have tensors which it cannot
-    compare: a coordinator that lies could send bad ones, so that they learn nothing, and their part of a sum would be
-    known.
+    They cannot compare it: a coordinator that lies could send bad values of it to all that have it, so that these learn
+    nothing, and their part of a sum would be known.
     """
-    others = {other for sites in match.receivers().values() if site not in sites for other in sites}
-    return tuple(sorted(set(cohort) - others))
+    present = frozenset(cohort)
+    found = [sites & present for sites in match.receivers().values()]
+    return tuple(sorted({site for sites in found if sites for site in present - sites}))
 
 
 def match_digest(match: Match, cohort: Iterable[str]) -> bytes:

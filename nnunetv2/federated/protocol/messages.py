@@ -578,7 +578,7 @@ class NextRound(Part):
     """The cohort of the round that follows, and the range of its integers."""
 
     cohort: SiteNames
-    weight_bits: Annotated[int, Field(ge=1, le=40)]
+    weight_bits: Annotated[int, Field(ge=1, le=24)]
     """Bits of the sum of what these sites count; of the number itself, more need not be known."""
     typical_change: Annotated[Finite, Field(ge=0)] | None = None
     """Root mean square of the changes of the round before, over its sites."""

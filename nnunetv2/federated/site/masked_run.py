@@ -33,13 +33,12 @@ from nnunetv2.federated.exchanges.secure_sums import (
     num_classes_of,
     plan_round,
     plan_validation,
-    sites_alike,
+    sites_that_differ,
     training_digest,
 )
 from nnunetv2.federated.privacy.cryptography_library import require_cryptography
 from nnunetv2.federated.privacy.own_networks import data_part_of_training
 from nnunetv2.federated.privacy.plans_redaction import WITHHELD
-from nnunetv2.federated.privacy.require_secure import VARIABLE, required_k
 from nnunetv2.federated.privacy.secure_aggregation.fixed_point import CHANGE_BITS, encode_figure
 from nnunetv2.federated.privacy.secure_aggregation.key_agreement import digest_of
 from nnunetv2.federated.privacy.trust import trust_mode
@@ -99,11 +98,11 @@ class MaskedRun:
         self._least = settings.secure.k
         self._weighting, self._num_rounds = settings.weighting, settings.num_rounds
         self._settings = training_digest(settings)
-        self._needs_alike = True
-        """Whether sites with other networks do not count for the smallest sum."""
+        self._expects_equal = True
+        """Whether the networks of all sites are to be the same."""
         self._planned = b""
         """Digest of what the pooled fingerprint has decided in the plans; empty if this site has planned alone."""
-        self._is_alone_told = False
+        self._is_told_of_networks = False
         self._outbox = Outbox(secure_folder(credential.federation, f"runs/{run}", credential_file))
         self._registered: frozenset[str] = frozenset()
         self._trusted: Mapping[str, messages.SignedKey] = {}
@@ -173,10 +172,18 @@ class MaskedRun:
             RefusedError: A key is not that of its site; see `roster.trusted_keys`. `sum_too_small`: a tensor is shared
                 by fewer sites than a sum is to have.
             MatchingError: A tensor goes by another one's name, so that its site would learn nothing, or next to it.
+            WireError: This site is said to annotate other classes than it does, so that counts would be another one's.
         """
         names = match.received_by(self.site)
         check_names(names, registration.tensors, rule=match.rule)
         self._check_enough_share(match, names)
+        data = registration.dataset_json
+        annotated = None if data.annotated_labels is None else data.annotated_values
+        if match.annotated.get(self.site) != annotated:
+            raise WireError(
+                f"the coordinator says that this site annotates {match.annotated.get(self.site)}, and it annotates "
+                f"{annotated}: nothing was sent. Use matching versions; else show this to the coordinating site"
+            )
         self.match = match
         self._registered = frozenset(registered)
         self._registration = registration
@@ -184,7 +191,7 @@ class MaskedRun:
         if planned_together:
             part = data_part_of_training(registration.plans, registration.configuration, networks)
             self._planned = digest_of(canonical_json(part))
-        self._needs_alike = (planned_together and networks == "equal") or required_k() is not None
+        self._expects_equal = planned_together and networks == "equal"
         self._codec: MaskedCodec = masked_codec_of(match.precision)
         self._weight = registration.num_training_cases if self._weighting == "cases" else 1
         entries = {entry.name: entry for entry in registration.tensors}
@@ -206,28 +213,26 @@ class MaskedRun:
             )
 
     def _check_alike(self, cohort: Collection[str]) -> None:
-        """Refuse a cohort of which too few sites start from nothing but what this site compares, or say so.
+        """Refuse a cohort whose networks differ, where they are to be the same; else say so.
 
         Raises:
-            RefusedError: `networks_differ`: so it is, and the networks are to be the same, or this site requires it.
+            RefusedError: `networks_differ`: the sites have planned together for equal networks.
         """
-        alike = sites_alike(self.match, cohort, self.site)
-        if len(alike) >= self._least:
+        different = sites_that_differ(self.match, cohort)
+        if not different:
             return
-        found = (
-            f"the networks of {', '.join(sorted({*cohort} - {*alike}))} have tensors that this site cannot compare: a "
-            f"coordinator that lies could learn the sum of {', '.join(alike)} alone"
-        )
-        if self._needs_alike:
+        found = f"the networks of the sites differ: {', '.join(different)} lack tensors that others have"
+        if self._expects_equal:
             raise RefusedError(
-                f"{found}, and this site is summed with {self._least} or more: nothing was sent",
+                f"{found}, though all have planned together: a coordinator that lies could learn the sum of few sites. "
+                "Nothing was sent",
                 "Plan with --federated at all sites, so that their networks are the same. Where they are to differ, "
-                f"plan with --federated asym, and without {VARIABLE}.",
+                "plan with --federated asym at all sites, or found the federation with --networks own.",
                 code="networks_differ",
             )
-        if not self._is_alone_told:
-            self._report(f"Beware: {found}. One that keeps to the protocol learns sums of {self._least} sites or more")
-            self._is_alone_told = True
+        if not self._is_told_of_networks:
+            self._report(f"Beware: {found}. A coordinator that lies could learn the sum of few sites")
+            self._is_told_of_networks = True
 
     def _training(self, cohort: Collection[str]) -> bytes:
         """Return the digest of what decides how the sites of a cohort train, besides weights."""

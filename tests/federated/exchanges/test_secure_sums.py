@@ -15,7 +15,7 @@ from nnunetv2.federated.exchanges.secure_sums import (
     groups_of,
     match_digest,
     num_classes_of,
-    sites_alike,
+    sites_that_differ,
 )
 from nnunetv2.federated.privacy.secure_aggregation.fixed_point import DivergedError
 from nnunetv2.federated.protocol.api import Secure
@@ -52,12 +52,12 @@ def match_of(shared, received=(), annotated=()) -> Match:
     return Match.model_construct(**settings, shared=shared, received=dict(received), annotated=dict(annotated))
 
 
-def test_sites_with_a_tensor_that_a_site_does_not_get_cannot_be_compared_by_it():
+def test_sites_differ_where_one_lacks_what_another_one_gets():
     match = match_of(SHARED, {"c": {"D": "c"}})
-    assert sites_alike(match, "ABCD", "A") == ("A", "B", "C", "D")
-    assert sites_alike(match, "ABCD", "C") == ("C",)
-    assert sites_alike(match, "CD", "D") == ("D",)  # C has b
-    assert sites_alike(match_of({"a": SHARED["a"]}), "ABD", "B") == ("A", "B", "D")
+    assert sites_that_differ(match, "ABCD") == ("C", "D")
+    assert sites_that_differ(match, "AB") == ()
+    assert sites_that_differ(match, "CD") == ("C", "D")  # C has b, D gets c
+    assert sites_that_differ(match_of({"a": SHARED["a"], "b": {"E": "b"}}), "ABD") == ()
 
 
 def test_what_a_match_says_of_a_cohort_is_compared_and_what_it_says_of_others_is_not():

@@ -608,7 +608,7 @@ def test_a_tensor_that_is_kept_from_comparison_is_refused(three, lie):
 
 
 @pytest.mark.parametrize("planned", ["alone", "together"])
-def test_sites_whose_networks_cannot_be_compared_do_not_count_where_they_are_to_be_alike(tmp_path, planned):
+def test_networks_that_differ_are_refused_where_they_are_to_be_the_same(tmp_path, planned):
     """B, C and D have a layer more: bad values of it, sent by a liar, would leave A alone in the sum."""
     shapes = {"encoder.weight": (40, 30), "head.weight": (2, 4)}
     deeper = {**shapes, "decoder.weight": (5, 5)}
@@ -624,14 +624,22 @@ def test_sites_whose_networks_cannot_be_compared_do_not_count_where_they_are_to_
             for seed, name in enumerate("ABCD")
         }
         begin(sites)
-        if planned == "together":
-            assert code_of(outcomes({"A": sites["A"]}, play)["A"]) == "networks_differ"
-            assert nothing_masked_was_sent(liar, "A")
-            return
         found = outcomes(sites, play)
-        assert all(set(one.contributors) == set("ABCD") for one in found.values()), found
-        assert any("learn the sum of A alone" in line for line in sites["A"].lines)
-        assert not any("Beware" in line for name in "BCD" for line in sites[name].lines)
+        if planned == "together":
+            assert {code_of(one) for one in found.values()} == {"networks_differ"}
+            assert all(nothing_masked_was_sent(liar, name) for name in "ABCD")
+        else:
+            assert all(set(one.contributors) == set("ABCD") for one in found.values()), found
+            assert all(any("Beware" in line and "A lack" in line for line in site.lines) for site in sites.values())
+
+
+def test_a_site_that_is_said_to_annotate_what_it_does_not_is_not_counted_for_it(three):
+    """Counts of a class that one site annotates would be that site's, with zeros of the others."""
+    sites = sites_of(three, "ABC")
+    told = {"annotated": dict.fromkeys("ABC", (1, 2))}
+    three.about(REGISTRATION, lambda site, match, tensors: (match.model_copy(update=told), tensors))
+    found = outcomes(sites, lambda site: site.register())
+    assert all(isinstance(one, WireError) and "annotates" in str(one) for one in found.values()), found
 
 
 # ------------------------------------------------------------------------------------------------- the same round twice
