@@ -157,10 +157,12 @@ def test_commands_wait_for_an_engine_that_is_away(setup, undisturbed):
         server = processes_below(setup.network.processes["server"].pid)
         for pid in server:
             os.kill(pid, signal.SIGSTOP)
-        time.sleep(AWAY_S)
-        assert all(trainer.poll() is None for trainer in trainers.values())
-        for pid in server:
-            os.kill(pid, signal.SIGCONT)
+        try:
+            time.sleep(AWAY_S)
+            assert all(trainer.poll() is None for trainer in trainers.values())
+        finally:
+            for pid in server:
+                os.kill(pid, signal.SIGCONT)
         digests = {trainer.communicate(timeout=LONG_S)[0].split()[-1] for trainer in trainers.values()}
         assert digests == {undisturbed}
     finally:
