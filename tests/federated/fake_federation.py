@@ -307,12 +307,19 @@ def coordinator_process(folder: Path, *options: str, grace_s: float | None = Non
 
 
 def start_site_process(
-    credential: Path, *, seed: int, num_rounds: int, pause_s: float, hold_at: int | None = None
+    credential: Path,
+    *,
+    seed: int,
+    num_rounds: int,
+    pause_s: float,
+    hold_at: int | None = None,
+    give_up_after_s: float = PATIENCE_S,
 ) -> subprocess.Popen:
     """Start a fake site in a process of its own; it prints every round it finishes, and the last digest.
 
     Args:
         hold_at: The round after which it waits until it is killed.
+        give_up_after_s: How long it asks a coordinator that does not answer.
     """
     code = (
         f"import sys; sys.path[:0] = {TEST_PATHS}; import fake_federation as f\n"
@@ -320,7 +327,8 @@ def start_site_process(
         "def tell(number):\n"
         "    print('round', number, flush=True)\n"
         f"    number == {hold_at} and f.time.sleep({MUCH_LONGER_S})\n"
-        f"with f.make_client(f.load_credential(Path({str(credential)!r}))) as client:\n"
+        f"credential = f.load_credential(Path({str(credential)!r}))\n"
+        f"with f.make_client(credential, give_up_after_s={give_up_after_s}) as client:\n"
         f"    print(f.train(client, seed={seed}, num_rounds={num_rounds}, pause_s={pause_s},\n"
         "                  on_round=tell), flush=True)\n"
     )

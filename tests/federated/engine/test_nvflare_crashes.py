@@ -143,7 +143,9 @@ def undisturbed(tmp_path_factory) -> object:
 
 def start_trainers(files: dict[str, Path]) -> dict[str, subprocess.Popen]:
     return {
-        site: start_site_process(files[site], seed=seed, num_rounds=ROUNDS, pause_s=PAUSE_S)
+        site: start_site_process(
+            files[site], seed=seed, num_rounds=ROUNDS, pause_s=PAUSE_S, give_up_after_s=AWAY_S + LONG_S
+        )
         for seed, site in enumerate(SITES)
     }
 
