@@ -263,6 +263,26 @@ def test_commands_end_with_the_bits_of_the_same_commands_over_http(setup, tmp_pa
     assert through_engine == over_http
     assert len({key for key, _ in over_http}) >= 10
     _check_that_the_model_predicts(setup, tmp_path)
+    _check_that_another_seed_ends_elsewhere(others, over_http, tmp_path)
+
+
+def _check_that_another_seed_ends_elsewhere(
+    sites: Sequence[LocalSite], found: dict[tuple[str, str], str], folder: Path
+) -> None:
+    """Train once more from the same plans: equal digests are those of the trainings, not of what all runs share."""
+    anew = [
+        replace(
+            site,
+            credential=site.credential.with_name("another_seed.json"),
+            environment={**site.environment, "nnUNet_seed": "8"},
+        )
+        for site in sites
+    ]
+    with running_coordinator(folder / "another_seed", anew, SHORT):
+        run_everywhere(anew, train_command, step="train", log_folder=folder / "logs")
+    others = digests(folder / "another_seed")
+    rounds = {one for one in found if "/rounds/" in one[0]}
+    assert rounds and not any(found[one] == others[one] for one in rounds)
 
 
 def _check_that_the_model_predicts(setup: Setup, folder: Path) -> None:
