@@ -212,7 +212,7 @@ class MaskedRun:
                 code="sum_too_small",
             )
 
-    def _check_alike(self, cohort: Collection[str]) -> None:
+    def _check_networks(self, cohort: Collection[str]) -> None:
         """Refuse a cohort whose networks differ, where they are to be the same; else say so.
 
         Raises:
@@ -292,7 +292,7 @@ class MaskedRun:
             self._report(str(error))
             reason = error.code if error.code == "round_spent" else str(error)  # which may name a site
             self.transport.report_failure(self.run, number, reason)  # with a quorum, the others go on
-            return self.transport.result(key)
+            document = self.transport.result(key)  # what this site has sent may be in it
         message = document.message
         assert isinstance(message, messages.Aggregate) and message.round is not None
         self.is_over |= message.round < number  # the operator has stopped it
@@ -324,7 +324,7 @@ class MaskedRun:
         if self.site not in start.next_round.cohort:
             return None
         self._meet(start.next_round.cohort)
-        self._check_alike(start.next_round.cohort)
+        self._check_networks(start.next_round.cohort)
         return plan_round(
             key,
             training=self._training(start.next_round.cohort),
@@ -421,7 +421,7 @@ class MaskedRun:
         if validated is None:
             return f"the aggregate of round {number} is not the last one that this site has downloaded"
         try:
-            self._check_alike(aggregate.contributors)
+            self._check_networks(aggregate.contributors)
             plan = plan_validation(
                 key,
                 training=self._training(aggregate.contributors),

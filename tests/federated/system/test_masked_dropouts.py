@@ -12,6 +12,7 @@ from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, ma
 from nnunetv2.federated.coordinator import aggregation_worker
 from nnunetv2.federated.coordinator.storage.backup import backup, restore
 from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.exchanges.masked_codecs import MaskedWeights
 from nnunetv2.federated.privacy.plans_redaction import WITHHELD
 from nnunetv2.federated.privacy.secure_aggregation import protocol
 from nnunetv2.federated.protocol import api
@@ -473,6 +474,8 @@ def test_a_site_that_seals_what_does_not_open_is_named_and_ends_no_training(tmp_
         envelopes = {other: bytes(len(one)) if other in cheated else one for other, one in shared.envelopes.items()}
         return replace(shared, envelopes=envelopes)
 
+    settled = []
+    monkeypatch.setattr(MaskedWeights, "settle", lambda codec, names: settled.append(codec))
     monkeypatch.setattr(protocol, "share_keys", sharing)
     with served(tmp_path / "federation", masked_settings(FIVE, validate_every=0)) as federation:
         sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(FIVE)]
@@ -489,6 +492,7 @@ def test_a_site_that_seals_what_does_not_open_is_named_and_ends_no_training(tmp_
         assert sorted(results[0][1].contributors) == (list(FIVE) if cheated == "A" else [])
         if cheated == "A":
             assert_close(results[0][0], mean_of(sites, start, 0))
+        assert len(settled) == (len(FIVE) if cheated == "A" else 0)  # A, which gave no shares, has counted too
 
 
 def test_a_site_that_deals_false_shares_is_named_and_its_round_can_be_abandoned(tmp_path, monkeypatch):
