@@ -16,7 +16,7 @@ import json
 import os
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,9 @@ SMALL_2D: Mapping[str, Any] = {
 WHOLE_IMAGES_2D: Mapping[str, Any] = {**SMALL_2D, "spacing": [2.0, 2.0]}
 """At half the resolution a patch holds a whole image of 256 x 256 pixels."""
 
+COARSE_IMAGES_2D: Mapping[str, Any] = {**SMALL_2D, "patch_size": [64, 64], "spacing": [4.0, 4.0]}
+"""The same at a quarter of the resolution: a third of the time, for the many arms that differ in one switch."""
+
 CORD_SITES = ("ucl", "nwu", "chum", "juntendo", "milan", "ceitec")
 
 
@@ -128,19 +131,22 @@ def _cord_task(left_out: str) -> Task:
     )
 
 
+BREAST_ULTRASOUND = Task(
+    first_id=501,
+    sites=("cairo", "rio", "warsaw", "busuc"),
+    channel="ultrasound",
+    labels={"background": 0, "lesion": 1},
+    file_ending=".png",
+    scans=breast_ultrasound,
+    configuration="2d",
+    epochs=40,
+    iterations=25,
+    network=WHOLE_IMAGES_2D,
+)
+
 TASKS: Mapping[str, Task] = {
-    "breastus": Task(
-        first_id=501,
-        sites=("cairo", "rio", "warsaw", "busuc"),
-        channel="ultrasound",
-        labels={"background": 0, "lesion": 1},
-        file_ending=".png",
-        scans=breast_ultrasound,
-        configuration="2d",
-        epochs=40,
-        iterations=25,
-        network=WHOLE_IMAGES_2D,
-    ),
+    "breastus": BREAST_ULTRASOUND,
+    "breastus-coarse": replace(BREAST_ULTRASOUND, iterations=20, network=COARSE_IMAGES_2D, arms=("alone", "ffe")),
     "hippocampus": Task(
         first_id=511,
         sites=("A", "B", "C", "D", "E"),

@@ -129,22 +129,31 @@ def train(
 
 
 def in_threads(*functions: Callable[[], object], timeout_s: float = PATIENCE_S) -> list[object]:
-    """Run functions at the same time and return what they return, or raise what the first of them raised."""
-    results: list[object] = [None] * len(functions)
+    """Run functions at the same time; return what they return, or raise the first error of them, in their order."""
+    outcomes = outcomes_in_threads(*functions, timeout_s=timeout_s)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+    return outcomes
+
+
+def outcomes_in_threads(*functions: Callable[[], object], timeout_s: float = PATIENCE_S) -> list[object]:
+    """Run functions at the same time; return what each of them returned or raised."""
+    outcomes: list[object] = [None] * len(functions)
 
     def run(index: int) -> None:
         try:
-            results[index] = functions[index]()
-        except BaseException as error:  # noqa: BLE001  raised by the caller
-            results[index] = error
+            outcomes[index] = functions[index]()
+        except BaseException as error:  # noqa: BLE001  looked at by the caller
+            outcomes[index] = error
 
     threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(len(functions))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(timeout_s)
-        assert not thread.is_alive(), f"a fake site hangs; the others: {results}"
-    return results
+        assert not thread.is_alive(), f"a fake site hangs; the others: {outcomes}"
+    return outcomes
 
 
 def make_client(credential: SiteCredential, lines: list[str] | None = None, **options) -> HttpTransport:

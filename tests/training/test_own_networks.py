@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from fake_federation import in_threads, wait_until
+from fake_federation import in_threads, outcomes_in_threads, wait_until
 from federated_sites import weights_of
 from seeded_sites import Killed, Seeded, assert_same
 from tiny_dataset import make_plans
@@ -206,7 +206,7 @@ def test_a_site_whose_partners_have_left_is_told_that_its_layers_stay_as_they_ar
         sites.trainer(site, kind, plans=plans_of(site))
         for site, kind in zip("ABC", (Seeded, LeavesAfterOneRound, Seeded))
     )
-    found = in_threads(shallow.run_training, leaving.run_training, staying.run_training)
+    found = outcomes_in_threads(shallow.run_training, leaving.run_training, staying.run_training)
     assert found[0] is found[2] is None and isinstance(found[1], Killed)
     lines = "\n".join(staying.lines)
     assert "shared tensors keep their values of the round before, since fewer than 2 of the sites" in lines
@@ -233,7 +233,7 @@ def test_there_is_no_model_of_a_network_that_was_never_averaged_whole(make_sites
     shallow, leaving, staying = (
         sites.trainer(site, kind, plans=plans_of(site)) for site, kind in zip("ABC", (Seeded, LeavesAtOnce, Seeded))
     )
-    found = in_threads(shallow.run_training, leaving.run_training, staying.run_training)
+    found = outcomes_in_threads(shallow.run_training, leaving.run_training, staying.run_training)
     assert found[0] is found[2] is None and isinstance(found[1], Killed)
     assert "there will be 2 common models" in "\n".join(staying.lines)
     federation = sites.federation

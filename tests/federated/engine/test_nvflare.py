@@ -136,8 +136,12 @@ def setup(tmp_path_factory):
         yield setup
 
 
-def digests(folder: Path) -> dict[tuple[str, str], str]:
-    """Return the SHA-256 of every result and every contribution of a federation."""
+Digests = dict[tuple[str, str], str]
+"""The SHA-256 of every result and every contribution of a federation, by key and by site or subset."""
+
+
+def digests(folder: Path) -> Digests:
+    """Read the digests of a federation that has ended."""
     with sqlite3.connect(folder / "coordinator.sqlite") as database:
         return {
             **{
@@ -247,28 +251,35 @@ def _check_that_forgeries_are_refused(setup: Setup, found: dict[str, SiteCredent
 
 
 def test_commands_end_with_the_bits_of_the_same_commands_over_http(setup, tmp_path):
+    """The federations over HTTP run beside that of the engine, whose processes mostly wait."""
     setup.configure()
-    for step in ("plan", "train"):
-        setup.finish(setup.job("liver", *SHORT, "--steps", step))
-        if step == "plan":
-            for site in setup.sites:
-                shrink_plans(site)
     others = make_sites(tmp_path / "sites", num_sites=3, environment={"nnUNet_seed": "7"})
-    with running_coordinator(tmp_path / "coordinator", others, SHORT):
-        run_everywhere(others, plan_command, step="plan", log_folder=tmp_path / "logs")
-        for site in others:
-            shrink_plans(site)
-        run_everywhere(others, train_command, step="train", log_folder=tmp_path / "logs")
-    through_engine, over_http = digests(setup.federations / "liver"), digests(tmp_path / "coordinator")
-    assert through_engine == over_http
-    assert len({key for key, _ in over_http}) >= 10
+
+    def through_engine() -> Digests:
+        for step in ("plan", "train"):
+            setup.finish(setup.job("liver", *SHORT, "--steps", step))
+            if step == "plan":
+                for site in setup.sites:
+                    shrink_plans(site)
+        return digests(setup.federations / "liver")
+
+    def over_http() -> Digests:
+        with running_coordinator(tmp_path / "coordinator", others, SHORT):
+            run_everywhere(others, plan_command, step="plan", log_folder=tmp_path / "logs")
+            for site in others:
+                shrink_plans(site)
+            run_everywhere(others, train_command, step="train", log_folder=tmp_path / "logs")
+        found = digests(tmp_path / "coordinator")
+        _check_that_another_seed_ends_elsewhere(others, found, tmp_path)
+        return found
+
+    found, expected = in_threads(through_engine, over_http, timeout_s=8 * PATIENCE_S)
+    assert found == expected
+    assert len({key for key, _ in expected}) >= 10
     _check_that_the_model_predicts(setup, tmp_path)
-    _check_that_another_seed_ends_elsewhere(others, over_http, tmp_path)
 
 
-def _check_that_another_seed_ends_elsewhere(
-    sites: Sequence[LocalSite], found: dict[tuple[str, str], str], folder: Path
-) -> None:
+def _check_that_another_seed_ends_elsewhere(sites: Sequence[LocalSite], found: Digests, folder: Path) -> None:
     """Train once more from the same plans: equal digests are those of the trainings, not of what all runs share."""
     anew = [
         replace(
@@ -305,31 +316,39 @@ def _check_that_the_model_predicts(setup: Setup, folder: Path) -> None:
 def test_own_plans_half_precision_and_an_allow_list_change_no_bit_either(setup, tmp_path):
     """Every site plans alone, west has a wider network, north lets out only what its allow-list names."""
     sites = make_sites(tmp_path / "engine", num_sites=3, environment={"nnUNet_seed": "7"})
-    setup.configure("--planning", "asym", sites=sites)
-    job = setup.job("different", *SHORT, "--precision", "float16", "--steps", "plan")
-    setup.credentials("different", job)
-    joined = tmp_path / "site.json"
-    shutil.copyfile(setup.credential_file("different", "north"), joined)
-    setup.finish(job)
-    let_plans_differ(sites)
-    allowed = tmp_path / "allow.json"
-    manifest = ("nnUNetv2_fed_manifest", sites[0].dataset, CONFIGURATION, "--write-allow-list", str(allowed))
-    run_everywhere(
-        [replace(sites[0], credential=joined)], lambda _: list(manifest), step="manifest", log_folder=tmp_path / "logs"
-    )
-    assert json.loads(allowed.read_text())["coordinator"] == "nvflare:loopback/different"
-    careful = replace(sites[0], environment={**sites[0].environment, "nnUNet_fed_allow": str(allowed)})
-    setup.configure("--planning", "asym", sites=[careful, *sites[1:]])
-    setup.finish(setup.job("different", *SHORT, "--precision", "float16", "--steps", "train"))
-
     others = make_sites(tmp_path / "http", num_sites=3, environment={"nnUNet_seed": "7"})
-    with running_coordinator(tmp_path / "coordinator", others, [*SHORT, "--precision", "float16"]):
-        plan = partial(plan_command, mode="asym")
-        run_everywhere(others, plan, step="plan", log_folder=tmp_path / "logs")
-        let_plans_differ(others)
-        run_everywhere(others, train_command, step="train", log_folder=tmp_path / "logs")
-    through_engine, over_http = digests(setup.federations / "different"), digests(tmp_path / "coordinator")
-    assert through_engine == over_http
+
+    def through_engine() -> Digests:
+        setup.configure("--planning", "asym", sites=sites)
+        job = setup.job("different", *SHORT, "--precision", "float16", "--steps", "plan")
+        setup.credentials("different", job)
+        joined = tmp_path / "site.json"
+        shutil.copyfile(setup.credential_file("different", "north"), joined)
+        setup.finish(job)
+        let_plans_differ(sites)
+        allowed = allow_list(replace(sites[0], credential=joined))
+        careful = replace(sites[0], environment={**sites[0].environment, "nnUNet_fed_allow": str(allowed)})
+        setup.configure("--planning", "asym", sites=[careful, *sites[1:]])
+        setup.finish(setup.job("different", *SHORT, "--precision", "float16", "--steps", "train"))
+        return digests(setup.federations / "different")
+
+    def allow_list(site: LocalSite) -> Path:
+        file = tmp_path / "allow.json"
+        manifest = ["nnUNetv2_fed_manifest", site.dataset, CONFIGURATION, "--write-allow-list", str(file)]
+        run_everywhere([site], lambda _: manifest, step="manifest", log_folder=tmp_path / "logs")
+        assert json.loads(file.read_text())["coordinator"] == "nvflare:loopback/different"
+        return file
+
+    def over_http() -> Digests:
+        with running_coordinator(tmp_path / "coordinator", others, [*SHORT, "--precision", "float16"]):
+            plan = partial(plan_command, mode="asym")
+            run_everywhere(others, plan, step="plan", log_folder=tmp_path / "logs")
+            let_plans_differ(others)
+            run_everywhere(others, train_command, step="train", log_folder=tmp_path / "logs")
+        return digests(tmp_path / "coordinator")
+
+    found, expected = in_threads(through_engine, over_http, timeout_s=8 * PATIENCE_S)
+    assert found == expected
 
 
 def let_plans_differ(sites: Sequence[LocalSite]) -> None:

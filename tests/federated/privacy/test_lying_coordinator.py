@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from fake_federation import RUN, in_threads, make_client, make_plans, make_weights, served, wait_until
+from fake_federation import (
+    RUN,
+    in_threads,
+    make_client,
+    make_plans,
+    make_weights,
+    outcomes_in_threads,
+    served,
+    wait_until,
+)
 from hostile_coordinator import hostile, send
 from lying_coordinator import Liar, Seeds, cancels, lying
 from masked_sites import THREE, MaskedSite, masked_settings, masked_site
@@ -76,7 +85,9 @@ def sites_of(liar: Liar, names: str) -> dict[str, MaskedSite]:
 
 def outcomes(sites: dict[str, MaskedSite], action) -> dict[str, object]:
     """Let all sites do something at the same time; return what each returns or raises."""
-    return dict(zip(sites, in_threads(*(lambda site=site: action(site) for site in sites.values())), strict=True))
+    return dict(
+        zip(sites, outcomes_in_threads(*(lambda site=site: action(site) for site in sites.values())), strict=True)
+    )
 
 
 def code_of(outcome: object) -> str:
@@ -480,7 +491,7 @@ def stop_when_all_have_sent(liar: Liar, sites: dict[str, MaskedSite], key, actio
         for site in sites.values():
             site.participant.transport.close()
 
-    in_threads(*(lambda site=site: action(site) for site in sites.values()), stop)
+    outcomes_in_threads(*(lambda site=site: action(site) for site in sites.values()), stop)
 
 
 @pytest.mark.slow
@@ -664,7 +675,7 @@ def test_a_second_round_of_the_same_number_gets_nothing(tmp_path):
             wait_until(lambda: all("does not answer a second time" in "".join(one.lines) for one in sites.values()))
             federation.coordinator.act(RUN, api.RunAction(action="stop"), Member("boss", "operator"))
 
-        *ends, _ = in_threads(*(lambda site=site: come_back(site) for site in sites.values()), stop)
+        *ends, _ = outcomes_in_threads(*(lambda site=site: come_back(site) for site in sites.values()), stop)
         assert {code_of(one) for one in ends} == {"run_stopped"}
         assert federation.state.registry.get(UploadKey(RUN, 0)) is None
 

@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from fake_federation import RUN, in_threads, make_client, served, wait_until
+from fake_federation import RUN, in_threads, make_client, outcomes_in_threads, served, wait_until
 from masked_sites import THREE, MaskedSite, masked_settings
 
 from nnunetv2.federated.coordinator.members import Member
@@ -118,7 +118,9 @@ def test_a_run_that_was_reset_makes_other_masks(tmp_path, log):
             for site in sites:
                 site.participant.transport.close()
 
-        *ends, _ = in_threads(*(lambda site=site: site.round(0, site.position.weights) for site in sites[:2]), reset)
+        *ends, _ = outcomes_in_threads(
+            *(lambda site=site: site.round(0, site.position.weights) for site in sites[:2]), reset
+        )
         assert not any(isinstance(one, tuple) for one in ends), ends
         before = len(log.seeds)
         again = world.site(federation, "A")

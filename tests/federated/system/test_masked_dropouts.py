@@ -6,7 +6,16 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fake_federation import RUN, in_threads, make_client, make_plans, make_weights, served, wait_until
+from fake_federation import (
+    RUN,
+    in_threads,
+    make_client,
+    make_plans,
+    make_weights,
+    outcomes_in_threads,
+    served,
+    wait_until,
+)
 from masked_sites import FIVE, THREE, MaskedSite, digest_of, masked_settings, masked_site, mean_of
 
 from nnunetv2.federated.coordinator import aggregation_worker
@@ -99,7 +108,7 @@ def test_with_too_few_answers_a_round_waits_until_it_is_abandoned(five):
         assert not federation.state.registry.is_closed(SurvivorsKey(RUN, 0))
         act(federation, "abandon")
 
-    outcomes = in_threads(*threads, abandon)
+    outcomes = outcomes_in_threads(*threads, abandon)
     assert len(results) == 3, outcomes
     for weights, aggregate in results:
         assert aggregate.round == 0 and aggregate.contributors == {}
@@ -149,7 +158,7 @@ def test_masks_that_do_not_cancel_out_give_no_average(tmp_path):
         sites = [masked_site(federation, name, seed=seed) for seed, name in enumerate(THREE)]
         sites[2].participant.settings = settings.model_copy(update={"num_iterations_per_epoch": 1})
         start = all_join(sites)
-        outcomes = in_threads(*(lambda site=site: site.round(0, start) for site in sites))
+        outcomes = outcomes_in_threads(*(lambda site=site: site.round(0, start) for site in sites))
         assert all(isinstance(one, RefusedError) and "do not cancel out" in str(one) for one in outcomes), outcomes
         assert not federation.state.registry.is_closed(RoundKey(RUN, 0))
         assert federation.state.store.load_rounds(RUN) == []
@@ -508,7 +517,7 @@ def test_a_site_that_deals_false_shares_is_named_and_its_round_can_be_abandoned(
         start = all_join(sites)
         with monkeypatch.context() as false:
             false.setattr(protocol, "share_keys", sharing)
-            outcomes = in_threads(*(lambda site=site: site.round(0, start) for site in sites))
+            outcomes = outcomes_in_threads(*(lambda site=site: site.round(0, start) for site in sites))
         assert {one.code for one in outcomes} == {"shares_do_not_fit"}, outcomes
         assert "do not rebuild the seeds of B:" in str(outcomes[0])
         act(federation, "abandon")

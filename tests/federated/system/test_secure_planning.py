@@ -20,6 +20,7 @@ from fake_federation import (
     make_census,
     make_client,
     make_settings,
+    outcomes_in_threads,
     served,
     wait_until,
 )
@@ -78,7 +79,7 @@ def plan(federation: LocalFederation, site: str, share_extrema: bool = False, **
 
 
 def outcomes(federation: LocalFederation, **options) -> list[object]:
-    return in_threads(*(lambda site=site: plan(federation, site, **options) for site in SITES))
+    return outcomes_in_threads(*(lambda site=site: plan(federation, site, **options) for site in SITES))
 
 
 def plan_all(federation: LocalFederation, **options) -> None:
@@ -116,7 +117,7 @@ def test_sites_plan_networks_of_their_own_under_names_of_their_own(datasets, roo
     secure = None if geometry is None else Secure(k=3, geometry=geometry)
     with served(tmp_path / "federation", make_settings(sites=SITES, secure=secure, networks="own")) as federation:
         names = {site: f"nnUNetPlans_{site}" for site in SITES}
-        done = in_threads(
+        done = outcomes_in_threads(
             *(lambda site=site: plan(federation, site, overwrite_plans_name=names[site]) for site in SITES)
         )
         assert done == list(names.values())
@@ -320,7 +321,7 @@ def test_a_site_that_has_lost_its_key_in_between_is_refused(tmp_path):
         def die(client):
             return DyingTransport(client, 3, after=False)
 
-        results = in_threads(
+        results = outcomes_in_threads(
             lambda: catch(lambda: pool(federation, "A", extractors["A"], die)),
             *(lambda s=s: catch(lambda: pool(federation, s, extractors[s], die)) for s in ("B", "C")),
         )
@@ -428,7 +429,7 @@ def test_a_number_of_cases_that_some_alone_are_told_leaves_no_sum(tmp_path, monk
             for client in clients.values():
                 client.close()
 
-        in_threads(
+        outcomes_in_threads(
             *(
                 lambda site=site, client=client: pool(liar.federation, site, extractors[site], lambda _: client)
                 for site, client in clients.items()
@@ -481,7 +482,7 @@ def test_other_plans_add_up_shapes_at_their_own_spacing(datasets, roots, tmp_pat
         shapes = read(roots, "B", "dataset_fingerprint.json")["geometry_statistics"]["resampled_shapes"]
         assert [entry["spacing"] for entry in shapes] == [[4.140625, 3.0, 3.0], [2.0, 2.0, 2.0]]
         # One site alone plans for another spacing, and is named.
-        found = in_threads(
+        found = outcomes_in_threads(
             lambda: plan(federation, "A", overwrite_plans_name="Odd", overwrite_target_spacing=(2.0, 2.0, 2.5)),
             *(lambda site=site: plan(federation, site, **{**options, "overwrite_plans_name": "Odd"}) for site in "BC"),
         )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from fake_federation import LocalFederation, in_threads, make_settings, served
+from fake_federation import LocalFederation, in_threads, make_settings, outcomes_in_threads, served
 from union_sites import annotate
 
 from demo.phantoms import Scanner, write_dataset
@@ -158,7 +158,7 @@ def test_a_late_site_with_a_class_of_its_own_is_refused(federation, roots):
 def test_what_does_not_go_together_is_refused_by_name(federation, roots, labels, words):
     file = roots["nnUNet_raw"] / DATASETS["A"] / "dataset.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "labels": {"background": 0, **labels}}))
-    refusals = in_threads(*(lambda site=site: plan(federation, site) for site in "AB"))
+    refusals = outcomes_in_threads(*(lambda site=site: plan(federation, site) for site in "AB"))
     for error in refusals:
         assert isinstance(error, RefusedError) and words in str(error)
 

@@ -20,6 +20,7 @@ from fake_federation import (
     make_registration,
     make_settings,
     make_weights,
+    outcomes_in_threads,
     served,
     train,
     wait_until,
@@ -117,7 +118,7 @@ def test_a_failed_closing_reaches_every_site_as_one_readable_line(federation):
         with federation.client(site) as client:
             client.exchange(CensusKey(), make_census(labels=labels))
 
-    errors = in_threads(lambda: take_part("A", LABELS), lambda: take_part("B", {"background": 0, "tumour": 1}))
+    errors = outcomes_in_threads(lambda: take_part("A", LABELS), lambda: take_part("B", {"background": 0, "tumour": 1}))
     for error in errors:
         assert isinstance(error, RefusedError)
         assert str(error) == (
