@@ -137,9 +137,9 @@ _REBUILT: dict[tuple[str, str], Callable[..., Any]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------- the unpickler
-class _RestrictedUnpickler(pickle._Unpickler):
-    """Build what a file holds.
+# ------------------------------------------------------------------------------------------------------ the unpicklers
+class FrugalUnpickler(pickle._Unpickler):
+    """Allocate only what a file holds.
 
     The unpickler that is written in Python: that in C keeps a table of references as long as six bytes ask for.
     """
@@ -147,6 +147,19 @@ class _RestrictedUnpickler(pickle._Unpickler):
     stack: list[Any]
     append: Callable[[Any], None]
     read: Callable[[int], bytes]
+
+    def _load_bytearray(self) -> None:
+        (size,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(size)))  # pickle makes one of this size before it reads
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
+        **pickle._Unpickler.dispatch,
+        pickle.BYTEARRAY8[0]: _load_bytearray,
+    }
+
+
+class _RestrictedUnpickler(FrugalUnpickler):
+    """Build what the files of nnU-Net hold, and nothing else."""
 
     def __init__(self, content: bytes, admitted: Mapping[tuple[str, str], object]) -> None:
         super().__init__(io.BytesIO(content))
@@ -193,18 +206,13 @@ class _RestrictedUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"it holds an array of shape {shape} without its values")
         self._take(size * max(1, dtype.itemsize))
 
-    def _load_bytearray(self) -> None:
-        (size,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(size)))
-
     def _refuse(self) -> None:
         raise pickle.UnpicklingError("it holds objects of classes")
 
     dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **pickle._Unpickler.dispatch,
+        **FrugalUnpickler.dispatch,
         pickle.REDUCE[0]: _load_reduce,
         pickle.BUILD[0]: _load_build,
-        pickle.BYTEARRAY8[0]: _load_bytearray,
         **dict.fromkeys((pickle.INST[0], pickle.OBJ[0], pickle.NEWOBJ[0], pickle.NEWOBJ_EX[0]), _refuse),
     }
 

@@ -14,6 +14,7 @@ from fake_federation import (
     make_registration,
     make_settings,
     make_weights,
+    outcomes_in_threads,
     served,
     wait_until,
 )
@@ -187,7 +188,7 @@ def contribute_all(federation, spacings: dict) -> dict:
                 {"coarse.0": fingerprint_statistics.coarse_histogram(values)},
             ).message
 
-    return dict(zip(spacings, in_threads(*(lambda site=site: take_part(site) for site in spacings))))
+    return dict(zip(spacings, outcomes_in_threads(*(lambda site=site: take_part(site) for site in spacings))))
 
 
 def test_a_mean_beside_the_histogram_is_refused_and_no_figure_is_told(tmp_path):

@@ -8,14 +8,12 @@ memory than its own size accounts for.
 from __future__ import annotations
 
 import math
-import pickle
-import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +22,7 @@ from nnunetv2.federated.aggregation.matching import normalise_name
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.document import TensorSpec, write_document
 from nnunetv2.federated.protocol.messages import MAX_TENSORS, Aggregate, Precision
+from nnunetv2.utilities.restricted_pickle import FrugalUnpickler
 
 _MOST_VALUES = 16
 """Numbers in all tensors together, for each byte of the file. Networks name a parameter up to four times."""
@@ -209,14 +208,8 @@ class _Storage:
     kind: str
 
 
-class _Unpickler(pickle._Unpickler):
-    """Build containers, numbers and texts; see the module.
-
-    The unpickler that is written in Python: that in C keeps a table of references as long as six bytes ask for.
-    """
-
-    append: Callable[[Any], None]
-    read: Callable[[int], bytes]
+class _Unpickler(FrugalUnpickler):
+    """Build containers, numbers and texts; see the module."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -234,15 +227,6 @@ class _Unpickler(pickle._Unpickler):
         if word != "storage" or not isinstance(kind, _StorageClass) or "/" in str(key):
             return _Nothing()
         return _Storage(str(key), kind.kind)
-
-    def _load_bytearray(self) -> None:
-        (size,) = struct.unpack("<Q", self.read(8))
-        self.append(bytearray(self.read(size)))  # pickle makes one of this size before it reads
-
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {
-        **pickle._Unpickler.dispatch,
-        pickle.BYTEARRAY8[0]: _load_bytearray,
-    }
 
 
 def _describe_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> Any:

@@ -405,8 +405,9 @@ def reveal_shares(
 def _false_envelope(sender: str, problem: str) -> RefusedError:
     return RefusedError(
         f"the shares that site {sender} has sealed for this site cannot be used: {problem}. Nothing was unmasked",
-        f"Let the coordinating site close this exchange without a result (nnUNetv2_fed_admin abandon). If it happens "
-        f"again, site {sender} is broken or hostile (nnUNetv2_fed_admin revoke), or the coordinator is.",
+        "If this is a round of a run, let the coordinating site close it without a result (nnUNetv2_fed_admin "
+        "abandon RUN); planning that goes no further needs a new federation. If it happens again, "
+        f"site {sender} is broken or hostile (nnUNetv2_fed_admin revoke {sender}), or the coordinator is.",
         code="false_envelope",
     )
 
