@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from nnunetv2.comparison.arms import choose_arms, read_arms
     from nnunetv2.comparison.known_results import read_known
     from nnunetv2.comparison.report import REPORT, find, write_report
-    from nnunetv2.comparison.running import Runner, only_one, read_costs, remove_unfinished
+    from nnunetv2.comparison.running import Runner, read_costs, remove_unfinished
     from nnunetv2.comparison.study import Study, check_study, find_datasets, open_study
     from nnunetv2.comparison.study_folder import list_tests
     from nnunetv2.utilities.json_files import read_json
@@ -102,8 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_study(study)
     known = read_known(arguments.known, study, list_tests(study))
     folder = arguments.folder.resolve()
-    open_study(folder, study, go_on=arguments.go_on)
-    with only_one(folder):
+    with open_study(folder, study, go_on=arguments.go_on):
         runner = Runner(study, folder, known)
         remove_unfinished(runner.folder)
         scores = runner.run()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from nnunetv2.comparison.scores import PLACES, Place
 from nnunetv2.comparison.significance import Comparison
@@ -21,10 +21,12 @@ def conclude(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) ->
     told = []
     for place, several in comparisons.items():
         ours = [one for one in several if one.arm in federated]
-        open_ = [f"{one.arm} and {one.reference}" for one in ours if not one.is_shown]
+        mixed = [one for one in ours if one.is_beyond_chance and not one.is_shown]
         parts = [
             *(_sentence(one) for one in ours if one.is_shown),
-            *([f"no difference is shown between {_list(open_)}"] if open_ else []),
+            *(_contradiction(one) for one in mixed),
+            *_pairs("no difference is shown between", (o for o in ours if o.is_tested and not o.is_beyond_chance)),
+            *_pairs("there are too few cases to compare", (one for one in ours if not one.is_tested)),
         ]
         if parts:
             told.append(f"{PLACES[place].capitalize()}: {'; '.join(parts)}.")
@@ -38,26 +40,39 @@ def _sentence(one: Comparison) -> str:
     return f"{one.arm} is {word} than {one.reference} ({one.difference:+.3f} Dice)"
 
 
+def _contradiction(one: Comparison) -> str:
+    many, few = ("better", "worse") if one.tendency > 0 else ("worse", "better")
+    return (
+        f"{one.arm} is {many} than {one.reference} in most cases and not in the mean ({one.difference:+.3f} Dice): "
+        f"look at the cases in which it is far {few}"
+    )
+
+
+def _pairs(words: str, several: Iterable[Comparison]) -> list[str]:
+    names = [f"{one.arm} and {one.reference}" for one in several]
+    return [f"{words} {_list(names)}"] if names else []
+
+
 def _list(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _reservations(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) -> list[str]:
     reservations = []
-    num_cases = max((one.num_cases for several in comparisons.values() for one in several), default=0)
-    if num_cases < FEW_CASES:
-        reservations.append(
-            f"With {num_cases} test cases only large differences can be shown: none shown does not mean none."
-        )
+    for place, several in comparisons.items():
+        num_cases = max((one.num_cases for one in several), default=FEW_CASES)
+        if num_cases < FEW_CASES:
+            reservations.append(
+                f"With {num_cases} test cases {PLACES[place]}, only large differences can be shown: none shown does "
+                "not mean none."
+            )
     if study.seeds < FEW_SEEDS:
         reservations.append(
             f"With {study.seeds} training{'s' if study.seeds > 1 else ''} of each kind, chance of the training "
-            "itself is "
-            f"hardly averaged out: take --seeds {FEW_SEEDS} or more before you decide."
+            f"itself is hardly averaged out: take --seeds {FEW_SEEDS} or more before you decide."
         )
     reservations.append(
         "All this holds for networks of this size and length, for these scans and scanners; a longer training may "
-        "bring the "
-        "arms closer together."
+        "bring the arms closer together."
     )
     return reservations

@@ -147,7 +147,7 @@ def as_markdown(findings: Findings) -> str:
         columns = _columns(arms)
         head = ["arm", *("mean" if number is None else _name(findings.study, number) for number in columns)]
         rows = [
-            [arm, *(_with_interval(estimates.get(number), metric) for number in columns)]
+            [arm, *(" ".join(_in_words(estimates.get(number), metric)).strip() for number in columns)]
             for arm, estimates in arms.items()
         ]
         parts.append(f"{metric}{UNITS[metric]} {PLACES[place]}\n\n{_markdown_table(head, rows)}")
@@ -167,16 +167,25 @@ def _told(one: Comparison) -> tuple[str, str, str, str]:
     return f"{one.difference:+.4f}", str(one.num_cases), _p(one.p), _p(one.p_holm)
 
 
+def _verdict(one: Comparison) -> str:
+    if not one.is_tested:
+        return "-"
+    if one.is_beyond_chance and not one.is_shown:
+        return "most cases against the mean"
+    return "yes" if one.is_shown else "no"
+
+
 def _p(value: float) -> str:
     return "too few cases" if math.isnan(value) else f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
 
 
-def _with_interval(estimate: Estimate | None, metric: str) -> str:
+def _in_words(estimate: Estimate | None, metric: str) -> tuple[str, str]:
+    """Return a mean and its interval as texts; the interval is empty if there is none."""
     if estimate is None:
-        return "-"
+        return "-", ""
     digits = 2 if metric in LOWER_IS_BETTER else 3
-    interval = "" if math.isnan(estimate.low) else f" ({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
-    return f"{estimate.mean:.{digits}f}{interval}"
+    interval = "" if math.isnan(estimate.low) else f"({estimate.low:.{digits}f} to {estimate.high:.{digits}f})"
+    return f"{estimate.mean:.{digits}f}", interval
 
 
 def _name(study: Study, number: int) -> str:
@@ -235,7 +244,8 @@ def _overview(findings: Findings) -> str:
         f"<h2>Mean Dice</h2><div class='wide'><table><thead><tr><th>model</th>{head}</tr></thead><tbody>{''.join(rows)}"
         "</tbody></table></div><p class='quiet'>In this table and those below: mean over cases, with its 95 % interval "
         "(bootstrap over cases; each case with the mean of its seeds). The best of a column is underlined. A dash "
-        "stands where a metric is not defined, as a distance is without a prediction.</p>"
+        "stands where a metric is not defined, as a distance is without a prediction. Dice and surface Dice are 1 "
+        "where neither reference nor prediction have a class.</p>"
     )
 
 
@@ -266,9 +276,10 @@ def _best(arms: Mapping[str, Mapping[int | None, Estimate]], number: int | None,
 
 
 def _estimate_cell(estimate: Estimate | None, metric: str, best: float | None) -> str:
-    text, _, interval = _with_interval(estimate, metric).partition(" ")
-    mean = f"<u>{text}</u>" if estimate is not None and estimate.mean == best else text
-    return f"<td>{mean}<small>{escape(interval)}</small></td>"
+    mean, interval = _in_words(estimate, metric)
+    if estimate is not None and estimate.mean == best:
+        mean = f"<u>{mean}</u>"
+    return f"<td>{mean}<small>{interval}</small></td>"
 
 
 def _differences(findings: Findings) -> str:
@@ -279,7 +290,7 @@ def _differences(findings: Findings) -> str:
         rows = "".join(
             f"<tr><th scope='row'>{escape(one.arm)} against {escape(one.reference)}</th>"
             + "".join(f"<td>{cell}</td>" for cell in _told(one))
-            + f"<td>{'yes' if one.is_shown else 'no'}</td></tr>"
+            + f"<td>{_verdict(one)}</td></tr>"
             for one in comparisons
         )
         parts.append(
@@ -291,11 +302,11 @@ def _differences(findings: Findings) -> str:
     if not parts:
         return ""
     return (
-        "<h2>Paired differences</h2><p class='quiet'>Two-sided Wilcoxon signed-rank test on the same cases, "
-        "corrected for "
-        "the number of comparisons of each place (Holm). Cases of one patient are not independent of each other: if "
-        "there "
-        f"are such, the true p is larger.</p>{''.join(parts)}"
+        "<h2>Paired differences</h2><p class='quiet'>Differences are the mean of the sites' means, as in the tables. "
+        "Two-sided Wilcoxon signed-rank test on the same cases, corrected for the number of comparisons of each place "
+        "(Holm). It counts in how many cases an arm is better and ranks by how much; where that contradicts the "
+        "mean, the last column says so. Cases of one patient are not independent of each other: if there are such, "
+        f"the true p is larger.</p>{''.join(parts)}"
     )
 
 
@@ -405,9 +416,9 @@ def _costs(findings: Findings) -> str:
         traffic = f"{np.mean(sent) / 1e6:,.1f} MB" if sent else "none"
         rows.append(f"<tr><th scope='row'>{escape(arm)}</th><td>{format_duration(seconds)}</td><td>{traffic}</td></tr>")
     return (
-        "<h2>What it took</h2><p class='quiet'>Per seed: all trainings of an arm side by side on one machine, and "
-        "all bytes "
-        "between the sites and the coordinator, both ways.</p><div class='wide'><table><thead><tr><th>arm</th>"
+        "<h2>What it took</h2><p class='quiet'>Per seed: all trainings of an arm side by side on one machine, "
+        "which was perhaps another one for trainings from --known, and all bytes between the sites and the "
+        "coordinator, both ways.</p><div class='wide'><table><thead><tr><th>arm</th>"
         f"<th>time of training</th><th>traffic</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
     )
 

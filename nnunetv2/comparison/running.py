@@ -12,8 +12,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,30 +30,20 @@ from nnunetv2.comparison.study_folder import (
     pooled_dataset,
     whole_or_nothing,
 )
-from nnunetv2.federated.commands.simulate import LocalSite, find_command, run_everywhere, running_coordinator
+from nnunetv2.federated.commands.simulate import (
+    LocalSite,
+    RunningProcess,
+    find_command,
+    run_everywhere,
+    running_coordinator,
+)
 from nnunetv2.training.seeding import SEED_VARIABLE
 from nnunetv2.utilities.atomic_write import save_json_atomically
-from nnunetv2.utilities.file_lock import lock_file
 from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.plain_text import show
 
 COST_FILE = "cost.json"
 SURFACE_TOLERANCE_MM = 1.0
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Keep a second command out of a comparison's folder.
-
-    Raises:
-        ValueError: One is at work there.
-    """
-    with (folder / "lock").open("w") as file:
-        try:
-            lock_file(file.fileno())
-        except BlockingIOError:
-            raise ValueError(f"{folder} is in use by another nnUNetv2_fed_compare: wait until it ends") from None
-        yield
 
 
 class Runner:
@@ -99,8 +89,11 @@ class Runner:
                 return [*_planning(site), *named, *arm.planning_options_at(site.dataset)]
 
             if arm.is_federated:
-                with running_coordinator(preprocessed / "federation", sites, arm.networks_options, show=show_commands):
-                    self._everywhere(step, sites, lambda site: [*plan(site), "--federated", arm.planning])
+                federation = preprocessed / "federation"
+                with running_coordinator(federation, sites, arm.networks_options, show=show_commands) as coordinator:
+                    self._everywhere(
+                        step, sites, lambda site: [*plan(site), "--federated", arm.planning], coordinator=coordinator
+                    )
             else:
                 self._everywhere(step, sites, plan)
             for site in sites:
@@ -131,9 +124,10 @@ class Runner:
                     *arm.networks_options,
                     *arm.coordinator_options,
                 ]
-                with running_coordinator(results / "federation", sites, settings, show=show_commands):
-                    self._everywhere(step, sites, lambda site: self._training(arm, site))
-                    cost["bytes"] = read_traffic(results / "federation")
+                federation = results / "federation"
+                with running_coordinator(federation, sites, settings, show=show_commands) as coordinator:
+                    self._everywhere(step, sites, lambda site: self._training(arm, site), coordinator=coordinator)
+                    cost["bytes"] = read_traffic(federation)
             else:
                 self._everywhere(step, sites, lambda site: [*self._training(arm, site), *self._length(arm)])
             cost["seconds"] = time.monotonic() - begun
@@ -224,9 +218,16 @@ class Runner:
         }
 
     def _everywhere(
-        self, step: str, sites: Sequence[LocalSite], command_of: Callable[[LocalSite], Sequence[str]]
+        self,
+        step: str,
+        sites: Sequence[LocalSite],
+        command_of: Callable[[LocalSite], Sequence[str]],
+        *,
+        coordinator: RunningProcess | None = None,
     ) -> None:
-        run_everywhere(sites, command_of, step=step, log_folder=self.folder.logs, show=show_commands)
+        run_everywhere(
+            sites, command_of, step=step, log_folder=self.folder.logs, show=show_commands, coordinator=coordinator
+        )
 
 
 def show_commands(line: str) -> None:
@@ -252,7 +253,7 @@ def read_traffic(federation: Path) -> int:
 
 
 def digest_model(folder: Path, fold: str, checkpoint: str) -> str:
-    """Return the SHA-256 of all that decides a model's predictions."""
+    """Return the SHA-256 of weights, plans and labels: within an arm, all that decides a model's predictions."""
     from nnunetv2.models.checkpoint_file import load_checkpoint_file
 
     plans = {key: value for key, value in read_json(folder / "plans.json").items() if key != "dataset_name"}
@@ -291,7 +292,7 @@ def remove_unfinished(folder: StudyFolder) -> None:
 
 
 def stop_processes_of(folder: Path, within_s: float = 10.0) -> None:
-    """End the processes whose command or environment names a folder.
+    """End the processes of nnU-Net whose command or environment names a folder.
 
     Only Linux tells which these are. What cannot be killed either is left: every attempt has a folder of its own.
     """
@@ -309,7 +310,9 @@ def _processes_of(folder: Path) -> list[int]:
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended, or is another user's
             command, environment = ((process / name).read_bytes() for name in ("cmdline", "environ"))
-            named = environment + (command if b"nnUNetv2_" in command else b"")  # who looks at a file is left alone
-            if os.fsencode(folder) in named and int(process.name) != os.getpid():
+            # Who looks at a file of the folder, or has a shell there, is left alone.
+            named = [one for one in environment.split(b"\0") if one.startswith(b"nnUNet_")]
+            named += [command] if b"nnUNetv2_" in command else []
+            if any(os.fsencode(folder) in one for one in named) and int(process.name) != os.getpid():
                 found.append(int(process.name))
     return found

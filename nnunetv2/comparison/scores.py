@@ -80,6 +80,18 @@ def place_of(score: Score, sites: Mapping[int, str]) -> tuple[Place, ...]:
     return ("own",) if sites[score.dataset] == score.model else ("other",)
 
 
+def value_of(score: Score, metric: str) -> float:
+    """Return a metric of a score for a comparison: NaN where it is not defined.
+
+    The evaluation defines no Dice where neither reference nor prediction have a class. Here it is 1, and so is the
+    surface Dice, since predicting nothing is right there; with a gap, only the models that are wrong there (0) would
+    have a value, and no pair of models could be compared.
+    """
+    if metric not in LOWER_IS_BETTER and math.isnan(score.values["Dice"]):
+        return 1.0
+    return score.values[metric]
+
+
 CaseValues = dict[str, dict[int, dict[str, float]]]
 """Arm -> number of the dataset -> case -> value."""
 
@@ -94,7 +106,7 @@ def values_per_case(scores: Iterable[Score], sites: Mapping[int, str], place: Pl
     per_class: dict[tuple[str, int, str, int, str], list[float]] = defaultdict(list)
     for score in scores:
         if place in place_of(score, sites):
-            per_class[score.arm, score.dataset, score.case, score.seed, score.model].append(score.values[metric])
+            per_class[score.arm, score.dataset, score.case, score.seed, score.model].append(value_of(score, metric))
     per_model: dict[tuple[str, int, str, int], list[float]] = defaultdict(list)
     for (arm, dataset, case, seed, _), values in per_class.items():
         per_model[arm, dataset, case, seed].append(_mean(values))
@@ -128,7 +140,7 @@ def matrix(scores: Iterable[Score], arm: str, metric: str) -> dict[str, dict[int
     cells: dict[tuple[str, int], dict[tuple[int, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     for score in scores:
         if score.arm == arm:
-            cells[score.model, score.dataset][score.seed, score.case].append(score.values[metric])
+            cells[score.model, score.dataset][score.seed, score.case].append(value_of(score, metric))
     result: dict[str, dict[int, float]] = {}
     for (model, dataset), cases in sorted(cells.items()):
         result.setdefault(model, {})[dataset] = _mean([_mean(values) for values in cases.values()])

@@ -33,7 +33,9 @@ class Comparison:
     arm: str
     reference: str
     difference: float
-    """Mean over cases of arm minus reference."""
+    """Arm minus reference, the mean over datasets of their mean over cases, as in all tables."""
+    tendency: float
+    """Sum of the signed ranks. Its sign is the direction that the test speaks for."""
     num_cases: int
     p: float
     """Of the two-sided Wilcoxon signed-rank test; NaN with too few cases."""
@@ -41,9 +43,22 @@ class Comparison:
     """The same, corrected for all comparisons of the place."""
 
     @property
-    def is_shown(self) -> bool:
-        """Tell whether the difference is beyond chance at the level of 0.05."""
+    def is_beyond_chance(self) -> bool:
+        """Tell whether the arms differ at the level of 0.05, in whatever direction."""
         return self.p_holm < 0.05
+
+    @property
+    def is_shown(self) -> bool:
+        """Tell whether the difference is beyond chance, and most cases differ in its direction.
+
+        A test of ranks may speak for an arm whose mean is lower: a little better in many cases, far worse in a few.
+        """
+        return self.is_beyond_chance and self.difference * self.tendency > 0
+
+    @property
+    def is_tested(self) -> bool:
+        """Tell whether there were enough cases for a test."""
+        return not math.isnan(self.p)
 
 
 def estimate_mean(datasets: Mapping[int, Mapping[str, float]], seed: int = 0) -> Estimate:
@@ -96,22 +111,29 @@ def compare_arms(values: CaseValues, references: Sequence[str]) -> list[Comparis
 
 
 def _compare(values: CaseValues, arm: str, reference: str) -> Comparison:
-    from scipy.stats import wilcoxon
+    from scipy.stats import rankdata, wilcoxon
 
-    ours, theirs = (
-        {(dataset, case): value for dataset, cases in values[one].items() for case, value in cases.items()}
-        for one in (arm, reference)
-    )
-    shared = sorted(ours.keys() & theirs.keys())
-    differences = np.array([ours[key] - theirs[key] for key in shared])
-    if len(shared) < LEAST_CASES:
+    ours, theirs = values[arm], values[reference]
+    per_dataset = [
+        np.array([ours[dataset][case] - theirs[dataset][case] for case in shared])
+        for dataset in sorted(ours.keys() & theirs.keys())
+        if (shared := sorted(ours[dataset].keys() & theirs[dataset].keys()))
+    ]
+    differences = np.concatenate([np.empty(0), *per_dataset])
+    if len(differences) < LEAST_CASES:
         p = math.nan
     elif not differences.any():
         p = 1.0
     else:
         p = float(wilcoxon(differences, zero_method="pratt").pvalue)
-    difference = float(differences.mean()) if len(shared) else math.nan
-    return Comparison(arm=arm, reference=reference, difference=difference, num_cases=len(shared), p=p)
+    return Comparison(
+        arm=arm,
+        reference=reference,
+        difference=float(np.mean([one.mean() for one in per_dataset])) if per_dataset else math.nan,
+        tendency=float(np.sign(differences) @ rankdata(np.abs(differences))),
+        num_cases=len(differences),
+        p=p,
+    )
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from nnunetv2.comparison.arms import Arm
 from nnunetv2.paths import nnUNet_raw
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id, maybe_convert_to_dataset_name
+from nnunetv2.utilities.file_lock import lock_file
 from nnunetv2.utilities.json_files import DATASET, read_json
 from nnunetv2.utilities.plain_text import show
 
-STUDY_FILE = "study.json"
+STUDY_FILE, LOCK_FILE = "study.json", "lock"
 VERSION = 1
 
 
@@ -95,8 +97,7 @@ def check_study(study: Study) -> None:
             if content[key] != first[key]:
                 raise ValueError(
                     f"{dataset.name} has {key} {content[key]}, {study.sites[0].name} has {first[key]}. Remedy: give "
-                    "all "
-                    "datasets of a comparison the same, names and values alike"
+                    "all datasets of a comparison the same, names and values alike"
                 )
     names = {dataset.name for dataset in study.sites}
     for arm in study.arms:
@@ -139,22 +140,45 @@ def list_test_cases(dataset: Dataset) -> dict[str, tuple[list[Path], Path]]:
     return cases
 
 
-def open_study(folder: Path, study: Study, *, go_on: bool) -> None:
-    """Write a study down, or check that it is the one that the folder holds.
+@contextmanager
+def open_study(folder: Path, study: Study, *, go_on: bool) -> Iterator[None]:
+    """Write a study down, or check that it is the one that the folder holds, and keep other commands out of the folder.
+
+    Arms and seeds that the folder has from earlier commands stay written down beside those of now.
 
     Raises:
-        ValueError: The folder holds a study and `go_on` is not set, or another study; the message names what differs.
+        ValueError: The folder holds a study and `go_on` is not set, or another study (the message names what differs),
+            or another command is at work there.
     """
     file = folder / STUDY_FILE
-    if not file.exists():
-        if folder.is_dir() and any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no comparison: choose another --folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        save_json_atomically(study.as_json(), file, sort_keys=False)
-        return
-    if not go_on:
-        raise ValueError(f"{folder} holds a comparison already: go on with --c, or choose another --folder")
-    held, now = read_json(file), study.as_json()
+    if not file.exists() and folder.is_dir() and any(one.name != LOCK_FILE for one in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no comparison: choose another --folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder):
+        now = study.as_json()
+        if file.exists():
+            if not go_on:
+                raise ValueError(f"{folder} holds a comparison already: go on with --c, or choose another --folder")
+            held = read_json(file)
+            _check_same(file, held, now)
+            present = {arm["name"] for arm in now["arms"]}
+            earlier = [arm for arm in held["arms"] if arm["name"] not in present]
+            now = {**now, "arms": [*earlier, *now["arms"]], "seeds": max(held["seeds"], now["seeds"])}
+        save_json_atomically(now, file, sort_keys=False)
+        yield
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    with (folder / LOCK_FILE).open("w") as file:
+        try:
+            lock_file(file.fileno())
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use by another nnUNetv2_fed_compare: wait until it ends") from None
+        yield
+
+
+def _check_same(file: Path, held: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     for key in now:
         if key not in ("arms", "seeds") and held.get(key) != now[key]:
             raise ValueError(
@@ -162,7 +186,6 @@ def open_study(folder: Path, study: Study, *, go_on: bool) -> None:
                 "choose another --folder"
             )
     check_arms(file, held["arms"], now["arms"])
-    save_json_atomically(now, file, sort_keys=False)
 
 
 def check_arms(file: Path, held: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> None:

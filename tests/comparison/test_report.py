@@ -139,13 +139,24 @@ def test_the_worst_case_may_have_dots_in_its_name(tmp_path):
 
 
 def test_the_conclusion_names_what_is_shown_and_what_is_not(tmp_path):
-    def one(arm, reference, difference, p):
-        return Comparison(arm=arm, reference=reference, difference=difference, num_cases=12, p=p, p_holm=p)
+    def one(arm, reference, difference, p, tendency=0.0):
+        sign = tendency or difference
+        return Comparison(
+            arm=arm, reference=reference, difference=difference, tendency=sign, num_cases=12, p=p, p_holm=p
+        )
 
     study = make_study(tmp_path, seeds=1)
     several = [one("pooled", "alone", 0.3, 0.001), one("ffe", "alone", 0.2, 0.001), one("ffe", "pooled", -0.1, 0.3)]
     text = conclude(study, {"own": several})
     assert "At its own site: ffe is better than alone (+0.200 Dice); no difference" in text
     assert "no difference is shown between ffe and pooled" in text
-    assert "With 12 test cases" in text and "With 1 training of each kind" in text and "--seeds 3" in text
+    assert (
+        "With 12 test cases at its own site" in text and "With 1 training of each kind" in text and "--seeds 3" in text
+    )
+    contradiction = conclude(study, {"own": [one("ffe", "alone", -0.05, 0.001, tendency=3.0)]})
+    assert "ffe is better than alone in most cases and not in the mean (-0.050 Dice)" in contradiction
+    assert "in which it is far worse" in contradiction
+    untested = conclude(study, {"own": several, "external": [one("ffe", "alone", -0.3, math.nan)]})
+    assert "At hospitals that nobody trained on: there are too few cases to compare ffe and alone." in untested
+    assert "With 12 test cases at hospitals that nobody trained on, only large" in untested
     assert "nothing is compared" in conclude(make_study(tmp_path, arms=("alone",)), {"own": []})

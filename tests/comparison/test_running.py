@@ -21,7 +21,7 @@ def test_what_works_in_an_interrupted_step_is_ended_and_who_looks_at_it_is_not(t
     folder = tmp_path / "seed_0.1.unfinished"
     worker = start_sleeping(env={**os.environ, "nnUNet_results": str(folder)})
     coordinator = start_sleeping("nnUNetv2_fed_coordinator", "--folder", str(folder / "federation"))
-    reader = start_sleeping(str(folder / "log.txt"))
+    reader = start_sleeping(str(folder / "log.txt"), env={**os.environ, "PWD": str(folder)})
     try:
         for process in (worker, coordinator, reader):
             process.stdout.readline()  # it has begun, so the system shows its command and environment

@@ -22,7 +22,7 @@ def test_a_case_has_the_mean_of_its_classes_then_of_models_then_of_seeds():
         score("north", 2, 0.9, which="1", seed=1),
         score("north", 2, math.nan, which="2", seed=1),
     ]
-    assert values_per_case(scores, SITES, "other", "Dice") == {"ffe": {2: {"2_case": pytest.approx(0.6)}}}
+    assert values_per_case(scores, SITES, "other", "Dice") == {"ffe": {2: {"2_case": pytest.approx(0.625)}}}
 
 
 def test_cases_with_dots_in_their_names_are_told_apart(tmp_path):
@@ -50,7 +50,15 @@ def test_a_pooled_model_is_at_home_everywhere_and_a_stranger_too():
 
 
 def test_what_is_nowhere_defined_is_left_out():
-    assert values_per_case([score("north", 1, math.nan)], SITES, "own", "Dice") == {}
+    assert values_per_case([score("north", 1, math.nan)], SITES, "own", "HD95") == {}
+
+
+def test_who_predicts_nothing_where_nothing_is_beats_who_invents_something():
+    """The evaluation defines no Dice there."""
+    scores = [score("north", 1, math.nan), score("north", 1, 0.0, arm="alone")]
+    assert values_per_case(scores, SITES, "own", "Dice") == {"alone": {1: {"1_case": 0.0}}, "ffe": {1: {"1_case": 1.0}}}
+    assert values_per_case(scores, SITES, "own", "SurfaceDice")["ffe"] == {1: {"1_case": 1.0}}
+    assert matrix(scores, "ffe", "Dice") == {"north": {1: 1.0}}
 
 
 def test_a_seed_and_a_matrix_have_means_of_their_own():

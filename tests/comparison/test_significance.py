@@ -65,4 +65,22 @@ def test_too_few_cases_prove_nothing():
     values = {arm: {1: {f"c{n}": n / 10 + shift for n in range(5)}} for arm, shift in (("alone", 0), ("ffe", 1))}
     [one] = compare_arms(values, ["alone"])
     assert math.isnan(one.p) and not one.is_shown
-    assert not Comparison(arm="a", reference="b", difference=1, num_cases=5, p=math.nan).is_shown
+    assert not Comparison(arm="a", reference="b", difference=1, tendency=1, num_cases=5, p=math.nan).is_shown
+
+
+def test_no_direction_is_shown_where_most_cases_contradict_the_mean():
+    """A little better in 25 cases, far worse in 3: the ranks speak for the arm, its mean against it."""
+    base = {f"c{n:02d}": 0.6 for n in range(28)}
+    arm = {case: value + (0.01 + n / 10_000 if n < 25 else -0.5) for n, (case, value) in enumerate(base.items())}
+    [one] = compare_arms({"alone": {1: base}, "ffe": {1: arm}}, ["alone"])
+    assert one.difference == pytest.approx(-0.0437, abs=1e-3) and one.tendency > 0 and one.p_holm < 0.01
+    assert one.is_beyond_chance and not one.is_shown
+
+
+def test_a_difference_is_that_of_the_tables():
+    """The mean of the sites' means, however many test cases a site has."""
+    alone = {1: {f"a{n}": 0.7 for n in range(90)}, 2: {f"b{n}": 0.9 for n in range(5)}}
+    ffe = {1: {f"a{n}": 0.71 for n in range(90)}, 2: {f"b{n}": 0.75 for n in range(5)}}
+    [one] = compare_arms({"alone": alone, "ffe": ffe}, ["alone"])
+    assert one.difference == pytest.approx(estimate_mean(ffe).mean - estimate_mean(alone).mean)
+    assert one.num_cases == 95 and one.tendency > 0 and not one.is_shown

@@ -72,17 +72,45 @@ def test_one_file_may_hold_all_channels(tmp_path):
         list_test_cases(dataset)
 
 
+def touch(folder, study, *, go_on=True):
+    """Open a comparison and leave it again."""
+    with open_study(folder, study, go_on=go_on):
+        pass
+
+
 def test_a_study_goes_on_with_the_same_options_and_may_get_arms_and_seeds(tmp_path):
     study = make_study(make_dataset(tmp_path, 1), make_dataset(tmp_path, 2))
     folder = tmp_path / "study"
-    open_study(folder, study, go_on=False)
+    touch(folder, study, go_on=False)
     with pytest.raises(ValueError, match="holds a comparison already: go on with --c"):
-        open_study(folder, study, go_on=False)
-    open_study(folder, replace(study, arms=(*study.arms, ARMS["asym"]), seeds=3), go_on=True)
+        touch(folder, study, go_on=False)
+    touch(folder, replace(study, arms=(*study.arms, ARMS["asym"]), seeds=3))
     with pytest.raises(ValueError, match="begun with epochs 1, now it is 2"):
-        open_study(folder, replace(study, epochs=2), go_on=True)
+        touch(folder, replace(study, epochs=2))
     with pytest.raises(ValueError, match="begun with another arm ffe"):
-        open_study(folder, replace(study, arms=(Arm(name="ffe", training="alone"),)), go_on=True)
+        touch(folder, replace(study, arms=(Arm(name="ffe", training="alone"),)))
+
+
+def test_an_arm_that_is_left_out_once_is_still_known(tmp_path):
+    """Trainings lie under its name, which must not become that of another arm."""
+    study = make_study(make_dataset(tmp_path, 1), make_dataset(tmp_path, 2), seeds=2)
+    folder = tmp_path / "study"
+    touch(folder, study, go_on=False)
+    touch(folder, replace(study, arms=(ARMS["alone"],), seeds=1))
+    held = json.loads((folder / "study.json").read_text())
+    assert sorted(arm["name"] for arm in held["arms"]) == ["alone", "ffe"] and held["seeds"] == 2
+    with pytest.raises(ValueError, match="begun with another arm ffe"):
+        touch(folder, replace(study, arms=(Arm(name="ffe", training="alone"),)))
+
+
+def test_a_second_command_changes_nothing_in_a_folder_at_work(tmp_path):
+    study = make_study(make_dataset(tmp_path, 1), make_dataset(tmp_path, 2))
+    folder = tmp_path / "study"
+    with open_study(folder, study, go_on=False):
+        before = (folder / "study.json").read_bytes()
+        with pytest.raises(ValueError, match="is in use by another nnUNetv2_fed_compare"):
+            touch(folder, replace(study, seeds=5))
+        assert (folder / "study.json").read_bytes() == before
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):
@@ -90,7 +118,8 @@ def test_a_folder_with_something_else_is_left_alone(tmp_path):
     (tmp_path / "study" / "thesis.docx").touch()
     study = make_study(make_dataset(tmp_path, 1), make_dataset(tmp_path, 2))
     with pytest.raises(ValueError, match="is not empty and holds no comparison"):
-        open_study(tmp_path / "study", study, go_on=True)
+        touch(tmp_path / "study", study)
+    assert [one.name for one in (tmp_path / "study").iterdir()] == ["thesis.docx"]
 
 
 def test_links_tell_equal_case_names_of_two_sites_apart(tmp_path):

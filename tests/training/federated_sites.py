@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fake_federation import in_threads, make_settings, served
+from fake_federation import make_settings, outcomes_in_threads, served
 from patience import PATIENCE_S
 from tiny_dataset import NAME, make_dataset_json, make_plans, make_tiny_dataset
 
@@ -68,7 +68,7 @@ class Sites:
         return trainer
 
     def run(self, *trainers) -> list:
-        return in_threads(*(trainer.run_training for trainer in trainers))
+        return outcomes_in_threads(*(trainer.run_training for trainer in trainers))
 
     def act(self, action: str, run: str) -> None:
         self.federation.coordinator.act(run, RunAction(action=action), OPERATOR)

@@ -172,17 +172,19 @@ def run_everywhere(
     step: str,
     log_folder: Path,
     show: Callable[[str], None] = show,
+    coordinator: RunningProcess | None = None,
 ) -> None:
     """Run one command per site at the same time; wait for all.
 
     Args:
         command_of: Gives the command line of a site; the first word is a console script of this package.
         step: Names the log files: `<site>.<step>.log`.
+        coordinator: Whom the sites need. Without it they would ask for a day.
 
     Raises:
-        SimulationError: A command failed; the others were stopped.
+        SimulationError: A command failed, or the coordinator has ended; the others were stopped.
     """
-    running = []
+    running: list[RunningProcess] = []
     try:
         for site in sites:
             program, *arguments = command_of(site)
@@ -196,16 +198,18 @@ def run_everywhere(
                     show=show,
                 )
             )
-        wait_for_all(running)
+        wait_for_all(running, coordinator)
     finally:
         for process in running:
             process.stop()
 
 
-def wait_for_all(running: Sequence[RunningProcess], *, watched: Sequence[RunningProcess] = ()) -> None:
-    """Wait for all processes; raise SimulationError at the first failure."""
+def wait_for_all(running: Sequence[RunningProcess], coordinator: RunningProcess | None = None) -> None:
+    """Wait for all sites' processes; raise SimulationError at the first failure, and if the coordinator ends before."""
     while True:
-        failed = [process for process in [*running, *watched] if process.poll() not in (None, 0)]
+        failed = [process for process in running if process.poll() not in (None, 0)]
+        if coordinator is not None and coordinator.poll() is not None:
+            failed.append(coordinator)
         if failed:
             failed[0].finish_reading()
             raise SimulationError(failed[0].describe_failure())
@@ -217,7 +221,7 @@ def wait_for_all(running: Sequence[RunningProcess], *, watched: Sequence[Running
 @contextmanager
 def running_coordinator(
     folder: Path, sites: Sequence[LocalSite], options: Sequence[str] = (), *, show: Callable[[str], None] = show
-) -> Iterator[str]:
+) -> Iterator[RunningProcess]:
     """Run a coordinator for the block, and let sites join that have not yet.
 
     Args:
@@ -225,7 +229,7 @@ def running_coordinator(
         options: Further options of `nnUNetv2_fed_coordinator`.
 
     Yields:
-        The coordinator's address.
+        Its process, when it serves.
     """
     port = known_port(sites) or free_port()
     arguments = ["--folder", str(folder), "--port", str(port), "--sites", *[site.name for site in sites], *options]
@@ -246,9 +250,9 @@ def running_coordinator(
         log_file=folder.parent / "logs" / "coordinator.log",
     )
     try:
-        url = wait_until_served(process, folder / "coordinator.json", lines)
+        wait_until_served(process, folder / "coordinator.json", lines)
         join_sites(sites, invitations=find_invitations(lines, sites), show=show)
-        yield url
+        yield process
     finally:
         process.stop()
 
@@ -269,8 +273,8 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_served(process: RunningProcess, state_file: Path, lines: Sequence[str]) -> str:
-    """Wait until the coordinator serves; return its address."""
+def wait_until_served(process: RunningProcess, state_file: Path, lines: Sequence[str]) -> None:
+    """Wait until the coordinator serves."""
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -279,7 +283,7 @@ def wait_until_served(process: RunningProcess, state_file: Path, lines: Sequence
         if state_file.exists() and any(SERVED in line for line in lines):
             state = json.loads(state_file.read_text(encoding="utf-8"))
             if state["pid"] == process.pid:  # not that of a coordinator that was killed
-                return str(state["url"])
+                return
         time.sleep(0.05)
     raise SimulationError(f"the coordinator did not start within {START_TIMEOUT_S:.0f} s; see {process.log_file}")
 
@@ -337,7 +341,7 @@ def simulate(
         options_of: Dataset -> further options of that site alone; they come last, and so overrule the others.
     """
     logs = folder / "logs"
-    with running_coordinator(folder / "coordinator", sites, coordinator_options, show=show):
+    with running_coordinator(folder / "coordinator", sites, coordinator_options, show=show) as coordinator:
         if federated_planning is not None:
             run_everywhere(
                 sites,
@@ -359,6 +363,7 @@ def simulate(
                 step="plan",
                 log_folder=logs,
                 show=show,
+                coordinator=coordinator,
             )
         run_everywhere(
             sites,
@@ -380,6 +385,7 @@ def simulate(
             step="train",
             log_folder=logs,
             show=show,
+            coordinator=coordinator,
         )
 
 

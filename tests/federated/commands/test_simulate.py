@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import sys
+import time
 
 import pytest
+from patience import PATIENCE_S
 
 from nnunetv2.federated.commands import coordinator, simulate
 
@@ -47,6 +50,29 @@ def test_single_sites_have_options_of_their_own(monkeypatch, tmp_path):
     of_501, of_502 = commands["plan"]["site501"], commands["plan"]["site502"]
     assert of_502 == [*of_501[:2], "502", *of_501[3:], "-gpu_memory_target", "2"] and of_501[-1] == "--verbose"
     assert commands["train"]["site502"][-2:] == ["-p", "Large"] and "Large" not in commands["train"]["site501"]
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_sites_do_not_wait_for_a_coordinator_that_has_ended(monkeypatch, tmp_path, status):
+    monkeypatch.setattr(simulate, "find_command", lambda name: sys.executable)
+    coordinator = simulate.RunningProcess(
+        "coordinator",
+        [sys.executable, "-c", f"raise SystemExit({status})"],
+        environment={},
+        log_file=tmp_path / "coordinator.log",
+        show=lambda line: None,
+    )
+    site = simulate.LocalSite(name="north", dataset="501", credential=tmp_path / "site.json", environment={})
+    begun = time.monotonic()
+    with pytest.raises(simulate.SimulationError, match=f"coordinator: .* ended with status {status}"):
+        simulate.run_everywhere(
+            [site],
+            lambda site: ["waits", "-c", f"import time; time.sleep({10 * PATIENCE_S})"],
+            step="train",
+            log_folder=tmp_path,
+            coordinator=coordinator,
+        )
+    assert time.monotonic() - begun < PATIENCE_S
 
 
 @pytest.mark.parametrize(
