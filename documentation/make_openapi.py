@@ -233,7 +233,7 @@ OPERATIONS: dict[str, dict[str, Operation]] = {
         "get": Operation(
             summary="The result, or whom it waits for; waits up to 55 s for it.",
             who="site",
-            query=("wait", "changes"),
+            query=("wait", "changes", "since"),
             headers=("Range", "If-Range"),
             answers={200: "application/octet-stream", 202: api.Waiting, 206: "application/octet-stream", 416: None},
             codes=(

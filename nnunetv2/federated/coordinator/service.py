@@ -32,7 +32,7 @@ from nnunetv2.federated.coordinator.storage.store import Role, Store, Traffic
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, Verdict, judge
 from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
-from nnunetv2.federated.exchanges.steps import parse_key, step_of
+from nnunetv2.federated.exchanges.steps import parse_key, prerequisite, step_of
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import Document, open_document
 from nnunetv2.federated.protocol.keys import Key, RegistrationKey, RunKey, UploadKey, run_with_plans
@@ -322,11 +322,12 @@ class Coordinator:
         self.state.notifier.notify_progress(key)
 
     # --------------------------------------------------------------------------------------------------- results
-    def result(self, key: str, site: str, *, changes: bool = False) -> Result | api.Waiting:
+    def result(self, key: str, site: str, *, changes: bool = False, since: str | None = None) -> Result | api.Waiting:
         """Return the result of an exchange, or the sites that it waits for.
 
         Args:
             changes: Whether the changes since the result before suffice, where weights travel as such.
+            since: SHA-256 of the result before, as the site has received it.
 
         Raises:
             RefusedError: The contributions do not go together, the exchange cannot begin yet, or its run was stopped.
@@ -339,7 +340,7 @@ class Coordinator:
         if isinstance(exchange.outcome, Refused):
             raise exchange.outcome.as_error()
         if isinstance(exchange.outcome, Closed):
-            return self._result_of_closed(exchange, site, changes=changes)
+            return self._result_of_closed(exchange, site, changes=changes, since=since)
         run = exchange.key.run if isinstance(exchange.key, RunKey) and exchange.policy.stops_with_run else None
         if run is not None and self.state.registry.control(run).state == "stopped":
             return self._result_of_stopped(run, site)
@@ -361,7 +362,9 @@ class Coordinator:
             )
         return self._result_of_closed(latest, site)
 
-    def _result_of_closed(self, exchange: Exchange, site: str, *, changes: bool = False) -> Result:
+    def _result_of_closed(
+        self, exchange: Exchange, site: str, *, changes: bool = False, since: str | None = None
+    ) -> Result:
         """Return the result of a closed exchange, or a newer one for latecomers."""
         key, step = exchange.key, step_of(exchange.key)
         is_gone = self.state.store.load_result_digest(key) is None
@@ -371,11 +374,24 @@ class Coordinator:
         names = step_of(key).tensors_for(key, site, self.state.documents)
         if names is None:
             return Result(str(key), self.state.store.result_path(key), self.state.store.load_result_digest(key) or "")
-        return self._subset(key, names, whole=not changes or key != exchange.key)
+        is_whole = not changes or key != exchange.key or not self._had_result_before(key, site, since)
+        return self._subset(key, names, whole=is_whole)
+
+    def _had_result_before(self, key: Key, site: str, since: str | None) -> bool:
+        """Tell whether what a site has received before is what the changes in this result lead on from.
+
+        It is not if this coordinator was restored from a backup, and has closed the round before anew.
+        """
+        before = prerequisite(key)
+        names = None if before is None else step_of(before).tensors_for(before, site, self.state.documents)
+        if before is None or names is None:
+            return False
+        load = self.state.store.load_result_digest
+        return since is None or since in [load(before, _subset_name(names, whole=whole)) for whole in (True, False)]
 
     def _subset(self, key: Key, names: tuple[str, ...], *, whole: bool) -> Result:
         """Return these tensors of a result as they travel, written when they are first asked for."""
-        subset = hashlib.sha256("\n".join((*names, *(() if whole else ("changes of these",)))).encode()).hexdigest()
+        subset = _subset_name(names, whole=whole)
         path = self.state.store.result_path(key, subset)
         with self.state.locks[str(key)]:
             digest = self.state.store.load_result_digest(key, subset)
@@ -529,3 +545,8 @@ def _failure_status(event: Event) -> api.FailureStatus:
     return api.FailureStatus(
         site=str(event.site), time=event.time, run=run[:500], round=event.detail["round"], reason=reason
     )
+
+
+def _subset_name(names: tuple[str, ...], *, whole: bool) -> str:
+    """Return under what name these tensors of a result are kept, or what they have changed by."""
+    return hashlib.sha256("\n".join((*names, *(() if whole else ("changes of these",)))).encode()).hexdigest()

@@ -90,9 +90,11 @@ class SiteService(Protocol):
     def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> api.Receipt:
         """Take over a document that has been received completely; it is durable on return."""
 
-    def result(self, key: str, site: str, *, changes: bool = False) -> Result | api.Waiting:
+    def result(self, key: str, site: str, *, changes: bool = False, since: str | None = None) -> Result | api.Waiting:
         """Return the result of an exchange, or the sites that it waits for.
 
         Args:
             changes: Whether the changes since the result before suffice, where weights travel as such.
+            since: SHA-256 of the result before, as the site has received it: changes lead on from no other one. Sites
+                of versions before 2.8.1+fed.4 do not say it.
         """

@@ -61,6 +61,8 @@ class Request(Part):
     """The byte at which a piece begins."""
     changes: bool = False
     """Whether the changes since the result before suffice."""
+    since: Digest | None = None
+    """SHA-256 of that result, as the site has received it."""
     identity: PublicKey | None = None
     body: Annotated[str, Field(max_length=64 << 10)] = ""
     """A further message, as JSON."""

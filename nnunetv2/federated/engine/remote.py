@@ -270,13 +270,13 @@ class RemoteCoordinator:
             return None
 
     # ------------------------------------------------------------------------------------------------------ results
-    def result(self, key: str, site: str, *, changes: bool = False) -> Result | api.Waiting:
+    def result(self, key: str, site: str, *, changes: bool = False, since: str | None = None) -> Result | api.Waiting:
         """Return the result of an exchange, or the sites that it waits for.
 
         Raises:
             OSError: It is still under way; asking again may help.
         """
-        answer = self._answer(Request(op="result", name=key, changes=changes))[0]
+        answer = self._answer(Request(op="result", name=key, changes=changes, since=since))[0]
         if answer.waiting is not None:
             return answer.waiting.model_copy(update={"lacks": answer.lacks})
         file = _given(answer.file)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -221,8 +222,8 @@ class Responder:
     # ------------------------------------------------------------------------------------------------------ results
     def _result(self, site: str, request: Request) -> Answer:
         """Return where the result of an exchange can be read, or whom it waits for."""
-        changes = {"changes": True} if request.changes else {}
-        outcome = self._coordinator.result(request.name, site, **changes)
+        form: dict[str, Any] = {"changes": True, "since": request.since} if request.changes else {}
+        outcome = self._coordinator.result(request.name, site, **form)
         if isinstance(outcome, Result):
             return Answer(file=self._show(site, outcome.key, outcome.path, outcome.digest))
         return Answer(waiting=outcome, lacks=outcome.lacks)

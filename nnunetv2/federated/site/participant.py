@@ -21,7 +21,7 @@ from nnunetv2.federated.exchanges.outlook import Outlook
 from nnunetv2.federated.exchanges.steps.weights import check_round
 from nnunetv2.federated.privacy import require_secure
 from nnunetv2.federated.protocol import keys, messages
-from nnunetv2.federated.protocol.document import Document, TensorSpec
+from nnunetv2.federated.protocol.document import Document, TensorSpec, file_digest
 from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transport import VALIDATION_PATIENCE_S, Transport
@@ -84,6 +84,8 @@ class Participant:
         self._codec: UpdateCodec = Float32()
         self._rests_due: int | None = None
         """The round whose update is to bring what rounding has taken; None where that is not known."""
+        self._received: str | None = None
+        """SHA-256 of the aggregate that came last, as it travelled, where changes of it may come next."""
         self._credential = credential
         self._credential_file = credential_file
         self._report = report
@@ -265,7 +267,7 @@ class Participant:
             if self._masked is not None:
                 document = self._masked.exchange(number, shared, update)
             else:
-                form: dict[str, Any] = {"changes": True, "told": note} if self._codec.is_relative else {}
+                form: dict[str, Any] = {"since": self._received, "told": note} if self._codec.is_relative else {}
                 sent = self._codec.encode(shared)
                 document = self.transport.exchange(keys.RoundKey(self.run, number), update, sent, **form)
         except RefusedError as error:
@@ -274,7 +276,7 @@ class Participant:
             if is_counted:
                 self._codec.settle()
             else:  # another update has brought the rests before, and what rounding took from it nobody knows any more
-                self._codec.take_over({})
+                self._codec.forget_rests()
         self._rests_due = None if document.message.round is None else document.message.round + 1
         answer = self._read(document), document.message
         self._report_kept(document.message)
@@ -378,6 +380,8 @@ class Participant:
         for name, local in names.items():
             self._check_tensor(name, came[name], self._tensors.get(local))
         received = self._codec.receive(came)
+        if self._codec.is_relative:
+            self._received = file_digest(document.path)
         if self._masked is not None:
             self._masked.note_aggregate(document.message, received)
         return {local: received[name] for name, local in names.items()}
@@ -416,12 +420,16 @@ class Participant:
         self._rests_due = due
 
     def _drop_rests_that_came(self, last: messages.Aggregate) -> None:
-        """Forget the rests of a checkpoint if the update that brought them has counted.
+        """Forget the rests of a checkpoint if the update that brought them has counted, or may have.
 
-        Its site was ended before it knew, and what rounding took from that update is lost.
+        Its site was ended before it knew, and what rounding took from that update is lost. Of a round before the last
+        one, nobody tells any more who took part.
         """
-        if last.round is not None and last.round == self._rests_due and self.site in last.contributors:
-            self._codec.take_over({})
+        due = self._rests_due
+        if last.round is None or due is None:
+            return
+        if last.round > due or (last.round == due and self.site in last.contributors):
+            self._codec.forget_rests()
 
     def finish(self) -> None:
         """Forget the keys of a run that is over."""

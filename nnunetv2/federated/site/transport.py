@@ -35,7 +35,7 @@ class Transport(Protocol):
         tensors: Mapping[str, np.ndarray] | None = None,
         *,
         specs: Mapping[str, TensorSpec] | None = None,
-        changes: bool = False,
+        since: str | None = None,
         told: Callable[[bool], object] = ...,
     ) -> Document[R]:
         """Contribute to an exchange, wait until it is closed, and return its result.
@@ -43,7 +43,8 @@ class Transport(Protocol):
         Idempotent: after a crash the same call goes on where it was. The result stays open until the next exchange.
 
         Args:
-            changes: This site has got the result before: the changes since suffice, where weights travel as such.
+            since: SHA-256 of the aggregate before, as this site has received it: if that is still the coordinator's,
+                the changes since suffice, where weights travel as such.
             told: Told whether this contribution counts, or another one of this site that the coordinator holds.
 
         Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import replace
 
@@ -16,8 +17,9 @@ from fake_federation import (
     make_settings,
     make_weights,
     served,
+    wait_until,
 )
-from frozen_federation import Federation
+from frozen_federation import OPERATOR, Federation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -38,6 +40,7 @@ from nnunetv2.federated.commands import manifest
 from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.errors import AggregationError, PrecisionError, WireError
 from nnunetv2.federated.protocol import messages
+from nnunetv2.federated.protocol.api import RunAction
 from nnunetv2.federated.protocol.document import TensorSpec, file_digest, open_document, write_document
 from nnunetv2.federated.protocol.keys import AdmissionKey, InitialKey, RoundKey
 from nnunetv2.federated.protocol.rounds import Rounds
@@ -235,6 +238,24 @@ def test_a_site_that_has_the_average_before_downloads_changes_and_others_all(mak
         assert {spec.dtype for spec in sent.specs.values()} == {"F32"}
 
 
+def test_changes_go_to_those_alone_who_have_what_they_lead_on_from(make_federation):
+    federation = make_federation()
+    federation.start("A", "B")
+    forms = {}
+    for number in range(2):
+        send_round(federation, number)
+        before = RoundKey(RUN, number - 1) if number else InitialKey(RUN)
+        for changes in (True, False):
+            since = federation.coordinator.result(before, "A", changes=changes).digest
+            result = federation.coordinator.result(RoundKey(RUN, number), "A", changes=True, since=since)
+            with open_document(result.path) as sent:
+                forms[number, changes] = {spec.dtype for spec in sent.specs.values()}
+        result = federation.coordinator.result(RoundKey(RUN, number), "A", changes=True, since="0" * 64)
+        with open_document(result.path) as sent:
+            assert {spec.dtype for spec in sent.specs.values()} == {"F32"}
+    assert set(map(frozenset, forms.values())) == {frozenset({"I8"})}
+
+
 def test_a_site_without_which_a_round_was_closed_downloads_the_whole_average(make_federation):
     federation = make_federation(sites=("A", "B", "C"), quorum=2, deadline_s=10.0)
     federation.start("A", "B", "C")
@@ -393,6 +414,62 @@ def test_a_site_that_goes_on_within_a_round_sends_the_change_of_the_average_befo
             np.testing.assert_allclose(end[name], values, rtol=0, atol=largest / 127)
 
 
+def test_a_site_never_adds_changes_to_another_average_than_they_lead_on_from(tmp_path):
+    """A coordinator is restored from a backup of an open round, and closes it anew with another site.
+
+    A, which goes on in its process, has the average of the first closing. It gets the whole next one.
+    """
+    settings = make_settings(sites=("A", "B", "C"), num_epochs=6, precision="int8")
+    folder, sites, weights = tmp_path / "federation", {}, {}
+
+    def connect(federation, names, *, anew: bool):
+        for name in names:
+            client = make_client(replace(credentials[name], url=federation.url))
+            if anew:
+                sites[name] = Participant(client, site=name, run=RUN)
+            else:
+                sites[name].transport = client
+
+    def begin(name):
+        sites[name].register(make_registration(ord(name), LARGE, aliases={}))
+        weights[name] = sites[name].start(0, make_weights(0, LARGE)).weights
+
+    def train(name, number):
+        shift = np.float32(0.01 * (ord(name) - 60) * (number + 1))
+        learned = {key: np.asarray(values) * np.float32(0.9) + shift for key, values in weights[name].items()}
+        weights[name], aggregate = sites[name].exchange(number, learned, NO_METRICS)
+        return sorted(aggregate.contributors)
+
+    def train_without_the_third(federation, names):
+        def proceed():
+            state = federation.state
+            wait_until(lambda: state.registry.has_begun(str(RoundKey(RUN, 0))))
+            wait_until(lambda: len(state.registry.get(RoundKey(RUN, 0)).contributions) == 2)
+            federation.coordinator.act(RUN, RunAction(action="proceed"), OPERATOR)
+
+        found = in_threads(*(lambda name=name: train(name, 0) for name in names), proceed)
+        assert found[:2] == [names, names]
+
+    with served(folder, settings) as federation:
+        credentials = {name: federation.credential(name) for name in "ABC"}
+        connect(federation, "ABC", anew=True)
+        in_threads(*(lambda name=name: begin(name) for name in "ABC"))
+    shutil.copytree(folder, tmp_path / "backup")
+    with served(folder, settings) as federation:
+        connect(federation, "ABC", anew=False)
+        train_without_the_third(federation, ["A", "B"])
+    with served(tmp_path / "backup", settings) as federation:
+        connect(federation, "A", anew=False)
+        connect(federation, "BC", anew=True)
+        in_threads(*(lambda name=name: begin(name) for name in "BC"))
+        train_without_the_third(federation, ["B", "C"])
+        for number in (1, 2):
+            in_threads(*(lambda name=name: train(name, number) for name in "ABC"))  # noqa: B023
+            for key, values in weights["B"].items():
+                np.testing.assert_array_equal(weights["A"][key], values)
+                np.testing.assert_array_equal(weights["C"][key], values)
+
+
 def test_what_rounding_took_is_brought_once_whenever_a_site_was_ended(tmp_path):
     """Its checkpoint is from before the round; the update of the round counted, or another one of an earlier life."""
     settings = make_settings(num_epochs=4, precision="int8")
@@ -437,6 +514,19 @@ def test_what_rounding_took_is_brought_once_whenever_a_site_was_ended(tmp_path):
     assert after_the_round == ({}, 1)  # the update of round 1 has brought them
     assert saved[1] == kept[1] == 2 and kept[0].keys() == saved[0].keys()  # nobody knows yet whether it counts
     assert end == ({}, 3)
+
+
+@pytest.mark.parametrize(
+    ("last", "sites", "is_due"), [(0, "AB", True), (1, "AB", False), (1, "BC", True), (3, "BC", False)]
+)
+def test_rests_are_not_due_any_more_when_their_update_may_have_come(last, sites, is_due):
+    """The rests of a checkpoint were to come with the update of round 1."""
+    session = Participant(None, site="A", run=RUN)
+    session._codec = Int8WithErrorFeedback()
+    session._codec.take_over({"w": np.ones(3, np.float32)})
+    session._rests_due = 1
+    session._drop_rests_that_came(messages.Aggregate(round=last, contributors=dict.fromkeys(sites, 1.0)))
+    assert bool(session.rests()[0]) is is_due
 
 
 def test_a_tensor_without_an_axis_travels(tmp_path):

@@ -59,6 +59,10 @@ class UpdateCodec(Protocol):
         """Go on with the rests of a checkpoint."""
         ...
 
+    def forget_rests(self) -> None:
+        """Bring nothing with the next update that rounding took from an earlier one."""
+        ...
+
     # ---------------------------------------------------------------------------------------- at the coordinator
     def combine(
         self,

@@ -148,6 +148,10 @@ class Float16WithErrorFeedback:
     def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
         """Keep nothing."""
 
+    def forget_rests(self) -> None:
+        """Bring nothing of earlier updates with the next one."""
+        self._rests = {}
+
     def combine(
         self,
         documents: Mapping[str, Document[Update]],

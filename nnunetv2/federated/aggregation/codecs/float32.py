@@ -40,6 +40,9 @@ class Float32:
     def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
         """Keep nothing."""
 
+    def forget_rests(self) -> None:
+        """Do nothing: there are none."""
+
     def combine(
         self,
         documents: Mapping[str, Document[Update]],

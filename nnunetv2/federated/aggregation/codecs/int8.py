@@ -14,11 +14,12 @@ on the way up (e) or down (c) comes with the next round (error feedback), so sma
 
 A tensor travels as int8 values in one axis: for each block four bytes, its step as a little-endian float32, then its
 steps. Results of rounds hold b, c and what leads from the b before to it, so a crash loses nothing. A site that has
-not got the b before, since it was started again or is late, downloads b itself.
+not got the b before, since it was started again or is late, downloads b itself. It says which result it had before: a
+coordinator that was restored from a backup may have closed that round anew, with another b.
 
 e is in the memory of a site's process, and in its checkpoints: a training that goes on ends with the same bits. Only of
-an update that has counted when its site was ended before the next checkpoint, e is lost; what the checkpoint holds was
-brought by that update and is forgotten, so nothing is brought twice.
+an update that may have counted when its site was ended before the next checkpoint, e is lost; what the checkpoint holds
+may have come with that update and is forgotten, so nothing is brought twice.
 """
 
 from __future__ import annotations
@@ -188,6 +189,10 @@ class Int8WithErrorFeedback:
     def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
         """Go on with what is still due."""
         self._rests = dict(rests)
+
+    def forget_rests(self) -> None:
+        """Bring nothing of earlier updates with the next one."""
+        self._rests = {}
 
     # ---------------------------------------------------------------------------------------- at the coordinator
     def combine(

@@ -45,6 +45,7 @@ from nnunetv2.federated.coordinator.members import require_role
 from nnunetv2.federated.coordinator.site_service import Result, SiteService
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol import api
+from nnunetv2.federated.protocol.messages import DIGEST_PATTERN
 
 LONGEST_WAIT_S = 55.0
 """Below the minute after which many proxies give up on an answer."""
@@ -169,7 +170,7 @@ async def get_result(request: Request) -> Response:
     service, notifier = service_of(request), service_of(request).notifier
     site, key = site_of(request), request.path_params["key"]
     with notifier.waiting(key) as change:  # from before the first look, so that no change is missed
-        find = partial(service.result, key, site, **({"changes": True} if wants_changes(request) else {}))
+        find = partial(service.result, key, site, **wanted_form(request))
         outcome = await run_in_threadpool(find)
         wait_s = wanted_wait(request)
         if not isinstance(outcome, Result) and wait_s > 0 and not notifier.stopping:
@@ -189,12 +190,14 @@ async def get_result(request: Request) -> Response:
     return answer
 
 
-def wants_changes(request: Request) -> bool:
-    """Tell whether a site has got the result before, so that the changes since suffice."""
-    text = request.query_params.get("changes", "0")
+def wanted_form(request: Request) -> dict[str, Any]:
+    """Return whether the changes since the result before suffice for a site, and which result it had before."""
+    text, since = request.query_params.get("changes", "0"), request.query_params.get("since")
     if text not in ("0", "1"):
         raise RefusedError(f"changes must be 0 or 1, not {text[:40]!r}", code="incomplete_request")
-    return text == "1"
+    if since is not None and not re.fullmatch(DIGEST_PATTERN, since):
+        raise RefusedError(f"since must be a SHA-256 in hexadecimal, not {since[:40]!r}", code="incomplete_request")
+    return {"changes": True, "since": since} if text == "1" else {}
 
 
 def wanted_wait(request: Request) -> float:

@@ -164,7 +164,7 @@ class HttpTransport:
         tensors: Mapping[str, np.ndarray] | None = None,
         *,
         specs: Mapping[str, TensorSpec] | None = None,
-        changes: bool = False,
+        since: str | None = None,
         told: Callable[[bool], object] = lambda counts: None,
     ) -> Document[R]:
         """Contribute to an exchange, wait until it is closed, and return its result.
@@ -172,7 +172,7 @@ class HttpTransport:
         Args:
             tensors: Name -> array of a dtype that travels.
             specs: Dtype and shape of the tensors, where they are not to be taken from the arrays.
-            changes: This site has got the result before: the changes since suffice, where weights travel as such.
+            since: SHA-256 of the aggregate before, as this site has received it; see `Transport.exchange`.
             told: Told whether this contribution counts, or another one of this site that the coordinator holds.
 
         Returns:
@@ -187,7 +187,7 @@ class HttpTransport:
         """
         receipt = self.contribute(key, message, tensors, specs=specs, told=told)
         counted_in = results.check_receipt(key, receipt.key)
-        document = self.result(counted_in, changes=changes and counted_in == key)
+        document = self.result(counted_in, since=since if counted_in == key else None)
         if receipt.already and is_late(self.credential.site, key, document.message):
             self._say(f"{key}: this site's update came when the round was closed already: it did not count")
         return document
@@ -244,14 +244,14 @@ class HttpTransport:
             self._say(f"{key} was closed before this site's update came: it counts in {receipt.key}")
         return receipt
 
-    def result(self, key: ExchangeKey[Any, R], *, wait_s: float | None = None, changes: bool = False) -> Document[R]:
+    def result(self, key: ExchangeKey[Any, R], *, wait_s: float | None = None, since: str | None = None) -> Document[R]:
         """Wait until an exchange is closed and return its result; see `exchange`, and `Transport.result`."""
         self._forget_document()
         deadline = None if wait_s is None else time.monotonic() + wait_s
         step, largest = step_of(key), self._sizes.largest(key)
         download = PartialDownload(self._new_path(), largest=largest)
         # The first answer comes at once, so that people see whom they wait for.
-        waiting = self._persist(lambda: self._poll(key, download, wait_s=0, changes=changes))
+        waiting = self._persist(lambda: self._poll(key, download, wait_s=0, since=since))
         while waiting is not None:
             if waiting.paused:
                 self._say(f"{key}: the operator has paused the run")
@@ -265,7 +265,7 @@ class HttpTransport:
             left_s = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
             if left_s <= 0:
                 raise StillOpenError(f"{key} was not closed within {wait_s:g} s")
-            waiting = self._persist(lambda: self._poll(key, download, wait_s=left_s, changes=changes))  # noqa: B023 - called at once
+            waiting = self._persist(lambda: self._poll(key, download, wait_s=left_s, since=since))  # noqa: B023 - called at once
         limits = replace(step.result_limits(self._num_cases), file_bytes=largest)
         self._document = document = open_document(download.path, limits=limits)
         try:
@@ -402,9 +402,9 @@ class HttpTransport:
         with self._request("PUT", f"gatherings/{quote(key)}", data=document, headers=headers) as response:
             return read_answer(api.Receipt, response)
 
-    def _poll(self, key: str, download: PartialDownload, *, wait_s: float, changes: bool) -> api.Waiting | None:
+    def _poll(self, key: str, download: PartialDownload, *, wait_s: float, since: str | None) -> api.Waiting | None:
         """Ask once for a result, resuming its download; None once it is complete."""
-        form = "&changes=1" if changes else ""
+        form = "" if since is None else f"&changes=1&since={since}"
         return self._download(f"gatherings/{quote(key)}?wait={wait_s:g}{form}", download)
 
     def _download(self, path: str, download: PartialDownload) -> api.Waiting | None:
