@@ -81,7 +81,7 @@ def rows(arm: Arm, task: Task, raw: Path, work: Path) -> Iterator[str]:
         site: manifest_of(plans, read_json(raw / dataset_name(task, site) / "dataset.json"), task.configuration)
         for site, plans in planned.items()
     }
-    matches = [match(manifests) for match in (matching.match_by_name, matching.match_by_resolution)]
+    matches = [matching.match_by(rule, manifests) for rule in ("name", "resolution")]
     for site, plans in planned.items():
         described = plans["configurations"][task.configuration]
         patch = " x ".join(map(str, described["patch_size"]))

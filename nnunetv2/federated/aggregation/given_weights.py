@@ -7,12 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nnunetv2.federated.aggregation.matching import normalise_name
+from nnunetv2.federated.aggregation.matching import is_segmentation_layer, normalise_name
 from nnunetv2.federated.errors import MatchingError
 from nnunetv2.federated.protocol.document import TensorSpec
 from nnunetv2.federated.protocol.messages import Match
-
-SEGMENTATION_LAYERS = ".seg_layers."
 
 
 def given_names(match: Match, shared: Mapping[str, TensorSpec], given: Mapping[str, TensorSpec]) -> dict[str, str]:
@@ -28,7 +26,7 @@ def given_names(match: Match, shared: Mapping[str, TensorSpec], given: Mapping[s
     names = {}
     for name, owner in sorted(match.initial_owner.items()):
         local = normalise_name(match.shared[name][owner])
-        if SEGMENTATION_LAYERS in f".{local}":
+        if is_segmentation_layer(local):
             continue
         if local not in given:
             raise MatchingError(f"the initial weights of the operator lack tensor {local}, which site {owner} has")

@@ -14,10 +14,10 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
+from nnunetv2.federated.aggregation.matching import is_segmentation_layer
 from nnunetv2.federated.errors import MatchingError
 from nnunetv2.federated.protocol.messages import TensorEntry
 
-SEGMENTATION_LAYERS = ".seg_layers."
 _ROW = re.compile(r"((?:.*\.)?)row([0-9]{1,5})\.([^.]+)")
 
 
@@ -29,7 +29,7 @@ def row_name(tensor: str, row: int) -> str:
 
 def row_of(name: str) -> tuple[str, int] | None:
     """Return the tensor and the number of a row; None for whole tensors."""
-    found = _ROW.fullmatch(name) if SEGMENTATION_LAYERS in f".{name}" else None
+    found = _ROW.fullmatch(name) if is_segmentation_layer(name) else None
     return None if found is None else (f"{found[1]}{found[3]}", int(found[2]))
 
 
@@ -47,7 +47,7 @@ def find_heads(tensors: Iterable[TensorEntry], num_outputs: int) -> tuple[str, .
     heads = tuple(
         entry.name
         for entry in tensors
-        if SEGMENTATION_LAYERS in f".{entry.name}" and entry.shape and entry.shape[0] == num_outputs
+        if is_segmentation_layer(entry.name) and entry.shape and entry.shape[0] == num_outputs
     )
     if not heads:
         raise MatchingError(

@@ -66,8 +66,7 @@ def shared_names(
     Returns canonical name -> its own name, of what it shares, and of what it receives only.
     """
     manifests = {name: message.tensors for name, message in registered.items()} | {site: registration.tensors}
-    rule = {"name": matching.match_by_name, "resolution": matching.match_by_resolution}[match.rule]
-    found = rule(manifests)
+    found = matching.match_by(match.rule, manifests)
 
     def names_in(own: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
         # Its partners tell what a tensor is: canonical names depend on who takes part.

@@ -59,6 +59,11 @@ def normalise_name(name: str) -> str:
     return ".".join(segment for segment in segments if segment != "_orig_mod")
 
 
+def is_segmentation_layer(name: str) -> bool:
+    """Tell whether a tensor is of a layer that outputs classes."""
+    return ".seg_layers." in f".{name}"
+
+
 def distinct_tensors(state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Tell tensors from further names of the same tensor.
 
@@ -136,27 +141,21 @@ def match_tensors(manifests: Mapping[str, Manifest], *, rule: Rule, min_sites: i
         raise MatchingError(
             f"{', '.join(manifests) or 'nobody'} alone shares nothing: a run needs at least {min_sites} sites"
         )
-    match = {"name": match_by_name, "resolution": match_by_resolution}[rule]
-    matching = match(manifests, min_sites=min_sites)
+    matching = match_by(rule, manifests, min_sites=min_sites)
     for site, (shared, total) in matching.coverage.items():
         if shared < MIN_COVERAGE * total or shared == 0:
             share = f"{shared} of its {total} parameters ({shared / max(total, 1):.1%})"
-            cause = _too_few(site, match(manifests), min_sites) or _likely_cause(site, manifests, rule)
+            cause = _too_few(site, match_by(rule, manifests), min_sites) or _likely_cause(site, manifests, rule)
             raise MatchingError(f"site {site} shares only {share} with the others. {cause}")
     return matching
 
 
-def match_by_name(manifests: Mapping[str, Manifest], *, min_sites: int = 2) -> Matching:
-    """Match tensors whose names are equal. Nothing is refused; see `match_tensors`."""
-    return _match(manifests, _own_names, min_sites)
+def match_by(rule: Rule, manifests: Mapping[str, Manifest], *, min_sites: int = 2) -> Matching:
+    """Match tensors whose names are equal, by `resolution` once decoder stages are numbered from the top.
 
-
-def match_by_resolution(manifests: Mapping[str, Manifest], *, min_sites: int = 2) -> Matching:
-    """Match tensors whose names are equal once decoder stages are numbered from the top.
-
-    Nothing is refused.
+    Nothing is refused; see `match_tensors`.
     """
-    return _match(manifests, _names_by_resolution, min_sites)
+    return _match(manifests, _NAMES[rule], min_sites)
 
 
 def choose_owners(shared: Mapping[str, Mapping[str, str]], weights: Mapping[str, float]) -> dict[str, str]:

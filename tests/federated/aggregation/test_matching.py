@@ -16,8 +16,7 @@ from nnunetv2.federated.aggregation.matching import (
     count_parameters,
     describe_tensors,
     distinct_tensors,
-    match_by_name,
-    match_by_resolution,
+    match_by,
     match_tensors,
     normalise_name,
 )
@@ -133,7 +132,7 @@ def test_wrappers_do_not_change_a_name(name):
 # ------------------------------------------------------------------------------------------------------ real networks
 @pytest.mark.parametrize(("stages", "by_name"), [((6, 7), (0.74, 0.51)), ((6, 5), (0.27, 0.51))])
 def test_by_name_networks_of_different_depth_share_part(stages, by_name):
-    matching = match_by_name({"A": manifest_of(stages[0]), "B": manifest_of(stages[1])})
+    matching = match_by("name", {"A": manifest_of(stages[0]), "B": manifest_of(stages[1])})
     assert (share(matching, "A"), share(matching, "B")) == (
         pytest.approx(by_name[0], abs=0.01),
         pytest.approx(by_name[1], abs=0.01),
@@ -141,7 +140,7 @@ def test_by_name_networks_of_different_depth_share_part(stages, by_name):
 
 
 def test_by_name_no_decoder_convolution_of_5_and_6_stages_is_shared():
-    matching = match_by_name({"A": manifest_of(5), "B": manifest_of(6)})
+    matching = match_by("name", {"A": manifest_of(5), "B": manifest_of(6)})
     assert not [name for name in matching.shared if "decoder" in name and name.endswith("conv.weight")]
 
 
@@ -150,7 +149,7 @@ def test_by_name_no_decoder_convolution_of_5_and_6_stages_is_shared():
     [(6, 7, {}), (5, 6, {}), (5, 7, {}), (7, 8, {"dimensions": 2}), (5, 6, {"kind": "residual"})],
 )
 def test_by_resolution_the_smaller_network_is_shared_whole(smaller, larger, options):
-    matching = match_by_resolution({"A": manifest_of(smaller, **options), "B": manifest_of(larger, **options)})
+    matching = match_by("resolution", {"A": manifest_of(smaller, **options), "B": manifest_of(larger, **options)})
     assert share(matching, "A") == 1
     assert share(matching, "B") < 1
     assert matching.shared["decoder.seg_layers.r0.weight"] == {
@@ -159,9 +158,9 @@ def test_by_resolution_the_smaller_network_is_shared_whole(smaller, larger, opti
     }
 
 
-@pytest.mark.parametrize("match", [match_by_name, match_by_resolution])
-def test_equal_networks_share_everything(match):
-    matching = match({"A": manifest_of(6), "B": manifest_of(6), "C": manifest_of(6)})
+@pytest.mark.parametrize("rule", ["name", "resolution"])
+def test_equal_networks_share_everything(rule):
+    matching = match_by(rule, {"A": manifest_of(6), "B": manifest_of(6), "C": manifest_of(6)})
     assert all(share(matching, site) == 1 for site in "ABC")
     assert len(matching.shared) == 108
     assert all(sorted(sites) == ["A", "B", "C"] for sites in matching.shared.values())
@@ -201,7 +200,7 @@ def test_a_compiled_site_is_no_different():
 
 def test_the_order_of_sites_does_not_matter():
     manifests = {"A": manifest_of(5), "B": manifest_of(6), "C": manifest_of(7), "D": manifest_of(6, classes=4)}
-    matchings = [match_by_resolution(dict(order)) for order in itertools.permutations(manifests.items())]
+    matchings = [match_by("resolution", dict(order)) for order in itertools.permutations(manifests.items())]
     assert all(
         matching == matchings[0] and list(matching.shared) == list(matchings[0].shared) for matching in matchings
     )
@@ -229,12 +228,12 @@ def test_a_layer_is_shared_whole_or_not_at_all():
         "B": entries(c__weight=(2, 5), c__bias=(2,)),
         "C": entries(c__weight=(2, 3)),
     }
-    assert match_by_name(manifests).shared == {}
+    assert match_by("name", manifests).shared == {}
 
 
 def test_one_odd_site_does_not_end_the_sharing_of_the_others():
     odd, even = entries(c__weight=(9,), d__weight=(4,)), entries(c__weight=(2,), d__weight=(4,))
-    matching = match_by_name({"A": even, "B": odd, "C": even})
+    matching = match_by("name", {"A": even, "B": odd, "C": even})
     assert matching.shared == {
         "c.weight": {"A": "c.weight", "C": "c.weight"},
         "d.weight": dict.fromkeys("ABC", "d.weight"),
@@ -244,7 +243,7 @@ def test_one_odd_site_does_not_end_the_sharing_of_the_others():
 
 def test_each_group_of_shapes_is_a_tensor_of_its_own():
     wide, narrow = entries(c__weight=(8, 2), c__bias=(8,)), entries(c__weight=(4, 2), c__bias=(4,))
-    matching = match_by_name({"A": wide, "B": narrow, "C": wide, "D": narrow, "E": entries(c__weight=(1, 2))})
+    matching = match_by("name", {"A": wide, "B": narrow, "C": wide, "D": narrow, "E": entries(c__weight=(1, 2))})
     assert {name: sorted(sites) for name, sites in matching.shared.items()} == {
         "c.weight#8x2": ["A", "C"],
         "c.bias#8x2": ["A", "C"],
@@ -256,13 +255,13 @@ def test_each_group_of_shapes_is_a_tensor_of_its_own():
 
 def test_groups_whose_largest_tensors_agree_stay_apart():
     one, two = entries(c__weight=(8, 2), c__bias=(8,)), entries(c__weight=(8, 2))
-    matching = match_by_name({"A": one, "B": one, "C": two, "D": two})
+    matching = match_by("name", {"A": one, "B": one, "C": two, "D": two})
     assert sorted(sorted(sites) for sites in matching.shared.values()) == [["A", "B"], ["A", "B"], ["C", "D"]]
 
 
 def test_integers_are_never_shared():
     norm = entries(n__weight=(4,), n__running_mean=(4,), n__num_batches_tracked=("I64", ()))
-    matching = match_by_name({"A": norm, "B": norm})
+    matching = match_by("name", {"A": norm, "B": norm})
     assert sorted(matching.shared) == ["n.running_mean", "n.weight"]
     assert matching.coverage["A"] == (8, 8)
 

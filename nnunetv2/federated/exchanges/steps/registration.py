@@ -174,8 +174,8 @@ def match_registrations(contributed: Mapping[str, Registration], settings: Feder
 def _kept_local(contributed: Mapping[str, Registration], settings: FederationSettings) -> tuple[str, ...]:
     """Name the tensors that two sites or more have, and too few for a masked sum."""
     manifests = {site: message.tensors for site, message in contributed.items()}
-    rule = {"name": matching.match_by_name, "resolution": matching.match_by_resolution}[settings.matching]
-    return tuple(sorted(name for name, sites in rule(manifests).shared.items() if len(sites) < settings.min_sites))
+    shared = matching.match_by(settings.matching, manifests).shared
+    return tuple(sorted(name for name, sites in shared.items() if len(sites) < settings.min_sites))
 
 
 def check_run_key(

@@ -11,12 +11,12 @@ from collections.abc import Collection
 from torch import nn
 
 from nnunetv2.federated.aggregation.head_rows import whole_names
+from nnunetv2.federated.aggregation.matching import is_segmentation_layer
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.models.networks import bare_network
 from nnunetv2.training.freezing import is_in_module
 
 NORM, HEAD, DECODER = "norm", "head", "decoder"
-SEGMENTATION_LAYERS = ".seg_layers."
 
 
 def find_local_tensors(network: nn.Module, what: str, shared: Collection[str]) -> frozenset[str]:
@@ -35,7 +35,7 @@ def find_local_tensors(network: nn.Module, what: str, shared: Collection[str]) -
         of_norms = _tensors_of_norms(bare_network(network))
         kept = frozenset(name for name in shared if name in of_norms)
     elif what == HEAD:
-        kept = frozenset(name for name in shared if SEGMENTATION_LAYERS in f".{name}")
+        kept = frozenset(name for name in shared if is_segmentation_layer(name))
     else:
         kept = frozenset(
             name for name in shared if any(is_in_module(one, what) for one in (name, *whole_names([name])))
