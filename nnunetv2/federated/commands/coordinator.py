@@ -167,12 +167,13 @@ def print_invitations(coordinator: Coordinator, endpoint: Endpoint) -> None:
         sys.stdout.flush()
 
 
-def serve(store: Store, listener: socket.socket, address: ListenAddress) -> None:
+def serve(store: Store, listener: socket.socket, address: ListenAddress, certificate: Certificate | None) -> None:
     """Serve a federation until a signal says to stop."""
     from nnunetv2.federated.coordinator.app import build_app
     from nnunetv2.federated.coordinator.http.connections import GuardedServer, allow_many_files, guarded_config
     from nnunetv2.federated.coordinator.http.endpoint import Endpoint
     from nnunetv2.federated.coordinator.http.rate_limits import Limits
+    from nnunetv2.federated.coordinator.http.tls import OF_THIS_START
     from nnunetv2.federated.coordinator.malloc import return_what_is_freed
     from nnunetv2.federated.coordinator.service import Coordinator
     from nnunetv2.federated.protocol.certificates import only_certificate
@@ -180,8 +181,6 @@ def serve(store: Store, listener: socket.socket, address: ListenAddress) -> None
     return_what_is_freed()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names and reasons come from anywhere
-    with trouble_names(store.folder):
-        certificate = address.certificate(store.folder)
     private = (
         only_certificate(certificate.authority.read_text(encoding="ascii"))
         if certificate and certificate.authority
@@ -220,7 +219,7 @@ def serve(store: Store, listener: socket.socket, address: ListenAddress) -> None
             Server(config, Limits().within_files(allow_many_files())).run(sockets=[listener])
     finally:
         with trouble_names(store.folder):
-            for name in (STATE_FILE, OPERATOR_FILE):
+            for name in (STATE_FILE, OPERATOR_FILE, *OF_THIS_START):
                 (store.folder / name).unlink(missing_ok=True)
         log("the coordinator has stopped")
 
@@ -232,6 +231,7 @@ def appoint_operator(coordinator: Coordinator, address: ListenAddress, certifica
     token = new_token(LOCAL_OPERATOR)
     coordinator.members.appoint_local_operator(token)
     authority = str(certificate.authority) if certificate and certificate.authority else None
+    own, key = map(str, certificate.operator) if certificate and certificate.operator else (None, None)
     save_credential(
         SiteCredential(
             address.local_url,
@@ -240,6 +240,8 @@ def appoint_operator(coordinator: Coordinator, address: ListenAddress, certifica
             token,
             insecure=address.insecure,
             authority=authority,
+            client_certificate=own,
+            client_key=key,
         ),
         coordinator.state.store.folder / OPERATOR_FILE,
     )
@@ -291,13 +293,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     with store:
         with trouble_names(folder):
             open_federation(store, given_settings(arguments), initial_weights=arguments.initial_weights)
-        address = settle_address(store.load_meta("address") or {}, arguments)
+        before = store.load_meta("address") or {}
+        address = settle_address(before, arguments)
         with open_socket(address.host, address.port) as listener:
             address = replace(address, port=listener.getsockname()[1])
             with trouble_names(folder):
-                store.save_meta("address", asdict(address))
-            serve(store, listener, address)
+                certificate = address.certificate(folder)
+                store.save_meta("address", asdict(address))  # now that it works: later starts rely on it
+            log_protection(address, was_insecure=bool(before.get("insecure")))
+            serve(store, listener, address, certificate)
     return 0
+
+
+def log_protection(address: ListenAddress, *, was_insecure: bool) -> None:
+    """Log that connections are not encrypted, or that they are now, unlike before."""
+    if address.is_exposed:
+        log(
+            f"connections to {address.host} are not encrypted (--insecure). Later starts keep to that for this --host "
+            "and --url; --no-insecure ends it"
+        )
+    elif was_insecure and address.speaks_tls:
+        log(
+            "the coordinator speaks TLS now: --insecure was given for another address. If this network is protected "
+            "too, start again with --insecure"
+        )
 
 
 def coordinator_entry() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2.federated.coordinator.http.listen_address import DEFAULT_HOST, DEFAULT_PORT
+from nnunetv2.federated.coordinator.http.listen_address import DEFAULT_HOST, DEFAULT_PORT, NOTHING
 from nnunetv2.federated.protocol.rounds import DEFAULT_EPOCHS
 
 METHODS = ("networks", "labels", "proximal", "keep_local", "finetune_epochs", "initial_weights")
@@ -40,14 +40,32 @@ def add_address_options(parser: argparse.ArgumentParser) -> None:
     )
     where.add_argument("--host", help=f"address to listen on (default: as before, at first {DEFAULT_HOST})")
     where.add_argument(
-        "--port", type=int, help=f"port to listen on, 0 for any free one (default: as before, at first {DEFAULT_PORT})"
+        "--port",
+        type=port_number,
+        metavar="N",
+        help=f"port to listen on, 0 for any free one (default: as before, at first {DEFAULT_PORT})",
     )
     where.add_argument(
         "--url",
         metavar="PUBLIC_URL",
         help="address at which sites reach this coordinator, if it is "
-        "not http://HOST:PORT, for example that of a proxy that adds TLS (default: as before)",
+        f"not http://HOST:PORT, for example that of a proxy that adds TLS; {NOTHING}: it is (default: as before)",
     )
+
+
+def port_number(text: str) -> int:
+    """Return a TCP port, for the `type` of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: There is no such port.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) <= 5 and int(text) <= 65535):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is no port: expected a number from 0 to 65535")
+    return int(text)
+
+
+def _file_or_nothing(text: str) -> Path | str:
+    return NOTHING if text in ("", NOTHING) else Path(text)
 
 
 def add_tls_options(parser: argparse.ArgumentParser) -> None:
@@ -56,27 +74,31 @@ def add_tls_options(parser: argparse.ArgumentParser) -> None:
         "TLS",
         "Beyond this machine, the coordinator speaks TLS, with a private "
         "certificate authority that it makes on its first start and that invitations "
-        "carry the fingerprint of. Behind a proxy with TLS, keep to 127.0.0.1.",
+        "carry the fingerprint of. Behind a proxy with TLS, keep to 127.0.0.1. Later starts remember these options; "
+        f"--no-tls, --no-insecure and {NOTHING} for a file take them back.",
     )
-    tls.add_argument("--tls", action="store_true", default=None, help="speak TLS on this machine too")
+    tls.add_argument(
+        "--tls", action=argparse.BooleanOptionalAction, default=None, help="speak TLS on this machine too, or not"
+    )
     tls.add_argument(
         "--tls-certificate",
-        type=Path,
+        type=_file_or_nothing,
         metavar="FILE",
         help="a certificate of your own (PEM, with those between it and its authority)",
     )
-    tls.add_argument("--tls-key", type=Path, metavar="FILE", help="its key (PEM, without a password)")
+    tls.add_argument("--tls-key", type=_file_or_nothing, metavar="FILE", help="its key (PEM, without a password)")
     tls.add_argument(
         "--client-authority",
-        type=Path,
+        type=_file_or_nothing,
         metavar="FILE",
         help="only sites that show a certificate of this authority may connect (PEM)",
     )
     tls.add_argument(
         "--insecure",
-        action="store_true",
+        action=argparse.BooleanOptionalAction,
         default=None,
-        help="listen beyond this machine without TLS; only where the network itself is protected",
+        help="listen beyond this machine without TLS; only where the network itself is protected. Remembered for this "
+        "--host and --url only",
     )
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -283,6 +284,111 @@ def test_a_start_without_options_keeps_the_address(tmp_path):
         {"host": first.host, "insecure": True, "port": 99, "url": None}, coordinator.build_parser().parse_args([])
     )
     assert (again.host, again.insecure, again.port) == ("10.0.0.5", True, 99)
+
+
+def settled(stored, *options):
+    """Return what a start with these options stores."""
+    return asdict(listen_address.settle_address(stored, coordinator.build_parser().parse_args(options)))
+
+
+def test_what_was_said_of_tls_can_be_taken_back(tmp_path):
+    files = ("--tls-certificate", "c.pem", "--tls-key", "k.pem", "--client-authority", "ca.pem")
+    given = settled({}, "--tls", *files, "--url", "https://hospital.example")
+    assert given["tls"] and given["client_authority"] == str(Path("ca.pem").resolve())
+    assert settled(given) == given
+    assert settled(given, "--client-authority", "none") == {**given, "client_authority": None}
+    assert settled(given, "--client-authority", "") == {**given, "client_authority": None}
+    no_files = ("--tls-certificate", "none", "--tls-key", "none", "--client-authority", "none")
+    assert settled(given, "--no-tls", *no_files, "--url", "none") == settled({}, "--no-tls") == settled({})
+    assert settled(given, "--no-tls", *no_files, "--url", "http://localhost:1")["url"] == "http://localhost:1"
+    with pytest.raises(FederationError, match="go together, none with none"):
+        settled(given, "--tls-certificate", "none")
+    with pytest.raises(FederationError, match="--no-tls: the coordinator still speaks TLS, since it has a certificate"):
+        settled(given, "--no-tls")
+    with pytest.raises(FederationError, match=r"still speaks TLS, since --host 10\.0\.0\.5 is beyond"):
+        settled({}, "--no-tls", "--host", "10.0.0.5")
+
+
+@pytest.mark.parametrize(
+    ("options", "is_exposed"),
+    [
+        ((), True),  # a service that repeats nothing goes on as it was
+        (("--host", "10.0.0.5", "--url", "http://hospital.example"), True),  # or all of it
+        (("--port", "9000"), True),
+        (("--no-insecure", "--url", "https://hospital.example"), False),
+        (("--host", "10.0.0.6", "--url", "https://hospital.example"), False),
+        (("--host", "10.0.0.6", "--insecure"), True),
+        (("--host", "127.0.0.2"), False),
+    ],
+)
+def test_plain_http_is_allowed_for_one_address(options, is_exposed):
+    stored = settled({}, "--host", "10.0.0.5", "--url", "http://hospital.example", "--insecure")
+    again = listen_address.ListenAddress(**settled(stored, *options))
+    assert (again.is_exposed, again.insecure) == (is_exposed, is_exposed)
+
+
+def test_a_new_address_does_not_inherit_plain_http_silently():
+    stored = settled({}, "--host", "10.0.0.5", "--url", "http://hospital.example", "--insecure")
+    with pytest.raises(FederationError, match="or --insecure, at every change of the address"):
+        settled(stored, "--host", "10.0.0.6")
+    here = settled(stored, "--host", "127.0.0.2")
+    assert listen_address.ListenAddress(
+        **settled(here, "--host", "0.0.0.0", "--url", "https://hospital.example")
+    ).speaks_tls
+
+
+@pytest.mark.slow
+def test_a_restart_says_that_connections_are_not_encrypted_and_when_they_are_again(tmp_path):
+    everywhere = ("--host", "0.0.0.0", "--insecure", "--url")
+    with coordinator_process(tmp_path / "f", "--sites", "A", "B", *everywhere, "http://127.0.0.1:1") as process:
+        assert process.stop() == 0
+        for times, options, words in (
+            (2, (), "connections to 0.0.0.0 are not encrypted (--insecure)"),
+            (1, ("--url", "https://127.0.0.1:1"), "the coordinator speaks TLS now: --insecure was given for another"),
+            (2, ("--no-insecure",), "connections to 0.0.0.0 are not encrypted (--insecure)"),
+        ):
+            process.options, process.port = options, 0
+            process.start()
+            assert process.text().count(words) == times
+            assert process.stop() == 0
+
+
+def start(folder, *options) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end; only of a start that fails."""
+    code = "from nnunetv2.federated.commands.coordinator import coordinator_entry; coordinator_entry()"
+    return subprocess.run(
+        [sys.executable, "-c", code, "--folder", str(folder), *options],
+        capture_output=True,
+        text=True,
+        cwd=PROJECT,
+        timeout=MUCH_LONGER_S,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_leaves_the_address_as_it_was(tmp_path):
+    folder = tmp_path / "federation"
+    with coordinator_process(folder, "--sites", "A", "B") as process:
+        assert process.stop() == 0
+        for options in (("--client-authority", "/nope.pem"), ("--tls-certificate", "/no.pem", "--tls-key", "/no.key")):
+            failed = start(folder, "--tls", *options)
+            assert failed.returncode == 1 and options[1] in failed.stderr, failed.stderr
+        process.start()
+        assert process.url.startswith("http://127.0.0.1:")
+
+
+@pytest.mark.parametrize("port", ["99999", "-1", "eight", "\u0663", "9" * 5000])
+def test_what_is_no_port_is_refused(port, capsys):
+    with pytest.raises(SystemExit):
+        coordinator.build_parser().parse_args(["--port", port])
+    assert "expected a number from 0 to 65535" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("host", ["a..b", "\u00e4" * 70])
+def test_what_is_no_host_is_refused(host):
+    with pytest.raises(FederationError, match="cannot listen on .*--host or --port"):
+        listen_address.open_socket(host, 0)
 
 
 def test_help_answers_at_once_without_torch():

@@ -23,6 +23,9 @@ from nnunetv2.utilities.loopback import is_loopback
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8750
+NOTHING = "none"
+"""What takes a remembered file or address back, on the command line."""
+_CAN_BE_TAKEN_BACK = ("url", "tls_certificate", "tls_key", "client_authority")
 
 
 def open_socket(host: str, port: int) -> socket.socket:
@@ -34,10 +37,11 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(128)
-    except OSError as error:
+    except (OSError, TypeError) as error:  # the latter for what can be no name of a machine
         listener.close()
         raise FederationError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}. Choose another --port"
+            f"cannot listen on {host[:200]}:{port}: {getattr(error, 'strerror', None) or error}. Choose another --host "
+            "or --port"
         ) from error
     return listener
 
@@ -57,10 +61,11 @@ class ListenAddress:
 
     def __post_init__(self) -> None:
         if bool(self.tls_certificate) != bool(self.tls_key):
-            raise FederationError("--tls-certificate and --tls-key go together")
+            raise FederationError(f"--tls-certificate and --tls-key go together, {NOTHING} with {NOTHING}")
         if self.client_authority and not self.speaks_tls:
             raise FederationError(
-                "--client-authority needs TLS: give --tls-certificate and --tls-key, or a --host beyond this machine"
+                "--client-authority needs TLS: give --tls, --tls-certificate and --tls-key, or a --host beyond this "
+                f"machine; or --client-authority {NOTHING}"
             )
         if self.host in ("0.0.0.0", "::", "") and self.url is None:
             raise FederationError(
@@ -70,14 +75,19 @@ class ListenAddress:
 
         if self.url is not None and check_url(self.url).startswith("http:") and self.speaks_tls:
             raise FederationError(
-                f"--url {self.url} is plain HTTP, but the coordinator speaks TLS: give an https "
-                "address, or --insecure where the network itself is protected"
+                f"--url {self.url} is plain HTTP, but the coordinator speaks TLS: give an https address; --no-tls on "
+                "this machine; or --insecure, at every change of the address, where the network itself is protected"
             )
 
     @property
     def speaks_tls(self) -> bool:
         """Whether the coordinator itself encrypts: where it is told to, and beyond this machine."""
         return self.tls or bool(self.tls_certificate) or not (is_loopback(self.host) or self.insecure)
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether other machines connect without encryption."""
+        return not (self.speaks_tls or is_loopback(self.host))
 
     @property
     def public_url(self) -> str:
@@ -107,18 +117,41 @@ class ListenAddress:
         else:
             hosts = {self.host, urlsplit(self.public_url).hostname or ""} - {"0.0.0.0", "::", ""}
             certificate = private_certificate(folder / "tls", sorted(hosts))
-        return require_clients_of(certificate, Path(self.client_authority)) if self.client_authority else certificate
+        if self.client_authority is None:
+            return certificate
+        return require_clients_of(certificate, Path(self.client_authority), folder)
 
 
 def settle_address(stored: Mapping[str, Any], arguments: argparse.Namespace) -> ListenAddress:
-    """Return the address of a start: what the command line says, else what held before."""
+    """Return the address of a start: what the command line says, else what held before.
+
+    But `insecure` holds for one address: another host or public URL needs a new decision.
+
+    Raises:
+        FederationError: The options contradict each other, or what holds of earlier starts.
+    """
     known = {field.name for field in fields(ListenAddress)}
+    before = {name: value for name, value in stored.items() if name in known}
     given = {
-        name: str(value.resolve()) if isinstance(value, Path) else value
-        for name, value in vars(arguments).items()
-        if name in known and value is not None
+        name: _settled(name, value) for name, value in vars(arguments).items() if name in known and value is not None
     }
-    return ListenAddress(**{**{name: value for name, value in stored.items() if name in known}, **given})
+    if any(name in given and given[name] != before.get(name) for name in ("host", "url")):
+        before.pop("insecure", None)
+    address = ListenAddress(**{**before, **given})
+    if given.get("tls") is False and address.speaks_tls:
+        why = "it has a certificate" if address.tls_certificate else f"--host {address.host} is beyond this machine"
+        raise FederationError(
+            f"--no-tls: the coordinator still speaks TLS, since {why}. Give --tls-certificate {NOTHING} --tls-key "
+            f"{NOTHING}, --host {DEFAULT_HOST}, or, where the network itself is protected, --insecure"
+        )
+    return address
+
+
+def _settled(name: str, value: Any) -> Any:
+    """Return an option's value as it is kept: files as absolute paths, None for what was taken back."""
+    if name in _CAN_BE_TAKEN_BACK and value == NOTHING:
+        return None
+    return str(value.resolve()) if isinstance(value, Path) else value
 
 
 def tls_options(certificate: Certificate | None) -> dict[str, object]:
@@ -126,6 +159,6 @@ def tls_options(certificate: Certificate | None) -> dict[str, object]:
     if certificate is None:
         return {}
     options: dict[str, object] = {"ssl_certfile": str(certificate.certificate), "ssl_keyfile": str(certificate.key)}
-    if certificate.client_authority is not None:
-        options |= {"ssl_ca_certs": str(certificate.client_authority), "ssl_cert_reqs": ssl.CERT_REQUIRED}
+    if certificate.clients is not None:
+        options |= {"ssl_ca_certs": str(certificate.clients), "ssl_cert_reqs": ssl.CERT_REQUIRED}
     return options

@@ -4,6 +4,9 @@
     <folder>/tls/ca.key      its key, readable by its owner only
     <folder>/tls/server.pem  the coordinator's certificate, made anew before it expires or when the address changes
     <folder>/tls/server.key
+    <folder>/clients.pem     with --client-authority, while the coordinator runs: all that clients are known by
+    <folder>/operator.pem    and the certificate of the operator on this machine, made anew by each start
+    <folder>/operator.key
 
 Certificates are made by the `openssl` command, which comes with every server: no package is needed for them.
 """
@@ -31,6 +34,8 @@ CERTIFICATE_DAYS = 397
 RENEWED_BEFORE_S = 60 * 86_400
 """Time left at which a start makes a new certificate."""
 OPENSSL_TIMEOUT_S = 60.0
+OF_THIS_START = ("operator.pem", "operator.key", "clients.pem")
+"""Files of no use when the coordinator has stopped."""
 BACKDATED_S = 86_400
 """By how much certificates are dated back: the clocks of sites may lag behind."""
 _CURVE = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
@@ -44,8 +49,10 @@ class Certificate:
     key: Path
     authority: Path | None = None
     """The private authority that sites have to know; None where any public one will do."""
-    client_authority: Path | None = None
-    """Authority of the certificates that sites have to show; None where they need none."""
+    clients: Path | None = None
+    """Authorities of the certificates that everybody has to show; None where nobody needs one."""
+    operator: tuple[Path, Path] | None = None
+    """Certificate and key for the operator on this machine, where everybody has to show one."""
 
 
 def private_certificate(folder: Path, hosts: Sequence[str], *, now: float | None = None) -> Certificate:
@@ -87,21 +94,32 @@ def given_certificate(certificate: Path, key: Path) -> Certificate:
     return Certificate(certificate, key)
 
 
-def require_clients_of(certificate: Certificate, authority: Path) -> Certificate:
+def require_clients_of(certificate: Certificate, authority: Path, folder: Path) -> Certificate:
     """Return a certificate whose server asks everybody for one of an authority.
+
+    The operator on this machine has none of it, and gets one that is made here and can vouch for nobody else.
+
+    Args:
+        folder: Where the operator's certificate is kept, outside of what backups hold; each start makes another one.
 
     Raises:
         FederationError: The file is missing, or holds anything but certificates, all of which would be trusted.
     """
     try:
-        check_authorities(authority.read_text(encoding="utf-8"))
+        authorities = authority.read_text(encoding="utf-8")
+        check_authorities(authorities)
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(authority)
     except (OSError, ValueError, FederationError) as error:
         raise FederationError(
             f"--client-authority {authority} cannot be used: {error}. Expected the certificate of "
-            "the authority of the sites' certificates in PEM format, and nothing else"
+            "the authority of the sites' certificates in PEM format, and nothing else; --client-authority none asks "
+            "nobody for one"
         ) from error
-    return replace(certificate, client_authority=authority)
+    own, key, clients = (folder / name for name in OF_THIS_START)
+    _make_pair(own, key, name="operator on this machine", extensions=_OPERATOR, days=AUTHORITY_DAYS)
+    with replacing(clients) as partial:
+        partial.write_text(f"{authorities.rstrip()}\n{own.read_text(encoding='ascii')}", encoding="utf-8")
+    return replace(certificate, clients=clients, operator=(own, key))
 
 
 def fingerprint(certificate: Path) -> str:
@@ -121,31 +139,43 @@ def fingerprint(certificate: Path) -> str:
 # --------------------------------------------------------------------------------------------------------- making
 def _make_authority(certificate: Path, key: Path) -> None:
     extensions = "basicConstraints=critical,CA:TRUE,pathlen:0\nkeyUsage=critical,keyCertSign,cRLSign\n"
-    with replacing(key) as new_key, replacing(certificate) as new_certificate:
-        request = new_key.with_suffix(".csr")
-        _openssl("req", *_CURVE, "-subj", "/CN=nnU-Net federation authority", "-keyout", new_key, "-out", request)
-        _sign(request, new_certificate, key=new_key, authority=None, extensions=extensions, days=AUTHORITY_DAYS)
-        request.unlink()
-        new_key.chmod(0o600)
+    _make_pair(certificate, key, name="authority", extensions=extensions, days=AUTHORITY_DAYS)
 
 
 def _make_certificate(made: Certificate, authority_key: Path, hosts: Sequence[str]) -> None:
+    assert made.authority is not None, "a certificate that is made here is of the private authority"
     names = ",".join(f"{'IP' if _is_address(host) else 'DNS'}:{host}" for host in hosts)
     extensions = (
         f"subjectAltName={names}\nbasicConstraints=critical,CA:FALSE\n"
         "keyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\n"
     )
-    with replacing(made.key) as new_key, replacing(made.certificate) as new_certificate:
+    _make_pair(
+        made.certificate,
+        made.key,
+        name="coordinator",
+        extensions=extensions,
+        days=CERTIFICATE_DAYS,
+        signed_by=(made.authority, authority_key),
+    )
+
+
+# Without keyUsage: OpenSSL 1.1 takes a certificate for self-signed only if its key may sign certificates.
+_OPERATOR = "basicConstraints=critical,CA:FALSE\nextendedKeyUsage=clientAuth\n"
+
+
+def _make_pair(
+    certificate: Path, key: Path, *, name: str, extensions: str, days: int, signed_by: tuple[Path, Path] | None = None
+) -> None:
+    """Make a key and its certificate.
+
+    Args:
+        signed_by: Certificate and key of the authority; None: the certificate signs itself.
+    """
+    with replacing(key) as new_key, replacing(certificate) as new_certificate:
         request = new_key.with_suffix(".csr")
-        _openssl("req", *_CURVE, "-subj", "/CN=nnU-Net federation coordinator", "-keyout", new_key, "-out", request)
-        _sign(
-            request,
-            new_certificate,
-            key=authority_key,
-            authority=made.authority,
-            extensions=extensions,
-            days=CERTIFICATE_DAYS,
-        )
+        _openssl("req", *_CURVE, "-subj", f"/CN=nnU-Net federation {name}", "-keyout", new_key, "-out", request)
+        authority, authority_key = (None, new_key) if signed_by is None else signed_by
+        _sign(request, new_certificate, key=authority_key, authority=authority, extensions=extensions, days=days)
         request.unlink()
         new_key.chmod(0o600)
 
@@ -229,8 +259,9 @@ def _openssl(*arguments: str | Path) -> None:
     command = shutil.which("openssl")
     if command is None:
         raise FederationError(
-            "a private certificate needs the command openssl, which is not installed: install it, "
-            "or give a certificate (--tls-certificate, --tls-key), or put a proxy with TLS in front"
+            "a private certificate needs the command openssl, which is not installed: install it; without "
+            "--client-authority, you can also give a certificate (--tls-certificate, --tls-key), or put a proxy with "
+            "TLS in front"
         )
     done = subprocess.run(
         [command, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=OPENSSL_TIMEOUT_S

@@ -5,18 +5,21 @@ import http.client
 import json
 import signal
 import ssl
+import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import requests
-from fake_federation import coordinator_process, make_census, make_client, wait_until
+from fake_federation import PROJECT, coordinator_process, make_census, make_client, wait_until
 from patience import MUCH_LONGER_S, PATIENCE_S
 
 from nnunetv2.federated.commands.api_client import ask
 from nnunetv2.federated.coordinator.http import tls
-from nnunetv2.federated.errors import FederationError
+from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.certificates import fingerprint_of, only_certificate
 from nnunetv2.federated.protocol.document import write_document
@@ -122,7 +125,10 @@ def test_an_authority_that_was_added_to_stops_the_start(made, tmp_path):
 def test_clients_are_known_by_certificates_and_nothing_else(made, tmp_path):
     chain = tmp_path / "chain.pem"
     chain.write_text(f"the authority\n{made.authority.read_text()}and one below it\n{made.certificate.read_text()}")
-    assert tls.require_clients_of(made, chain).client_authority == chain
+    required = tls.require_clients_of(made, chain, tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_verify_locations(required.clients)
+    assert context.cert_store_stats()["x509"] == 3, "the authority, one below it, and the operator on this machine"
     authority = made.authority.read_text()
     for content, words in (
         (authority + made.key.read_text(), "PRIVATE KEY"),
@@ -133,9 +139,9 @@ def test_clients_are_known_by_certificates_and_nothing_else(made, tmp_path):
     ):
         chain.write_text(content)
         with pytest.raises(FederationError, match=rf"--client-authority .*chain\.pem cannot be used: .*{words}"):
-            tls.require_clients_of(made, chain)
+            tls.require_clients_of(made, chain, tmp_path)
     with pytest.raises(FederationError, match="missing"):
-        tls.require_clients_of(made, tmp_path / "missing.pem")
+        tls.require_clients_of(made, tmp_path / "missing.pem", tmp_path)
 
 
 def test_nobody_is_asked_for_a_password(made, tmp_path):
@@ -204,6 +210,91 @@ def test_a_stop_lets_an_upload_end(tmp_path):
         assert answer.status == 200 and json.loads(answer.read())["waiting_for"] == ["B"]
         assert process.stop() == 0
         connection.close()
+
+
+# -------------------------------------------------------------------------------------------- certificates of clients
+def signed_pair(folder, name: str, authority: Path, key: Path) -> tuple[Path, Path]:
+    """Let an authority sign a certificate for a client, as people do with openssl; return it and its key."""
+    certificate, own, request = folder / f"{name}.pem", folder / f"{name}.key", folder / f"{name}.csr"
+    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    for words in (
+        ("req", *curve, "-subj", f"/CN={name}", "-keyout", own, "-out", request),
+        ("x509", "-req", "-in", request, "-CA", authority, "-CAkey", key, "-set_serial", "7", "-out", certificate),
+    ):
+        subprocess.run(["openssl", *map(str, words)], check=True, capture_output=True)
+    return certificate, own
+
+
+def command(program: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command of the federation in a process of its own."""
+    code = f"from nnunetv2.federated.commands import {program}; raise SystemExit({program}.main() or 0)"
+    return subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, cwd=PROJECT)
+
+
+@pytest.fixture
+def guarded(tmp_path):
+    """A coordinator that lets only those connect who show a certificate of a hospital's authority."""
+    hospital = tls.private_certificate(tmp_path / "hospital", ["hospital.example"]).authority
+    folder = tmp_path / "federation"
+    with coordinator_process(folder, "--sites", "A", "B", "--tls", "--client-authority", str(hospital)) as process:
+        wait_until((folder / "operator.json").exists)
+        yield process, hospital
+
+
+@pytest.mark.slow
+def test_the_operator_of_this_machine_operates_where_everybody_shows_a_certificate(guarded, tmp_path):
+    process, _ = guarded
+    for program, words, shown in (
+        ("admin", ("settings",), '"sites": ['),  # what the health check of the container asks
+        ("admin", ("invite", "C"), "nnUNetv2_fed_join"),
+        ("status", (), "Federation"),
+    ):
+        done = command(program, "--folder", str(process.folder), *words)
+        assert done.returncode == 0 and shown in done.stdout, done.stderr
+    key = process.folder / "operator.key"
+    assert key.stat().st_mode & 0o077 == 0
+    first = key.read_bytes()
+    assert process.stop() == 0
+    assert not [path.name for path in process.folder.iterdir() if path.suffix in (".pem", ".key")]
+    process.options = ()
+    process.start()
+    wait_until((process.folder / "operator.json").exists)
+    assert key.read_bytes() != first, "each start makes another one"
+    assert command("admin", "--folder", str(process.folder), "settings").returncode == 0
+
+
+@pytest.mark.slow
+def test_nobody_else_connects_where_everybody_shows_a_certificate(guarded, tmp_path):
+    process, hospital = guarded
+    operator = load_credential(process.folder / "operator.json")
+
+    def asks_with(certificate, key):
+        return ask(
+            replace(
+                operator,
+                client_certificate=None if certificate is None else str(certificate),
+                client_key=None if key is None else str(key),
+            ),
+            "GET",
+            "settings",
+            FederationSettings,
+        )
+
+    stranger = tls.private_certificate(tmp_path / "stranger", ["stranger.example"])
+    authority = process.folder / "tls" / "ca.pem"
+    own = process.folder / "operator.pem", process.folder / "operator.key"
+    for certificate, key in (
+        (None, None),
+        (stranger.certificate, stranger.key),
+        tls.require_clients_of(stranger, hospital, tmp_path).operator,  # by name, it is the operator
+        signed_pair(tmp_path, "of-the-coordinator", authority, authority.with_name("ca.key")),
+        signed_pair(tmp_path, "of-the-operator", *own),  # whose certificate vouches for nobody
+    ):
+        with pytest.raises(CoordinatorUnreachable):
+            asks_with(certificate, key)
+    site = signed_pair(tmp_path, "site", hospital, hospital.with_name("ca.key"))
+    assert asks_with(*site).sites == ("A", "B")
+    assert asks_with(*own).sites == ("A", "B")
 
 
 # --------------------------------------------------------------------------------------------------------- this machine
