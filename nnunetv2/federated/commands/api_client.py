@@ -78,6 +78,7 @@ def ask(
     Raises:
         RefusedError: The coordinator says no.
         CoordinatorUnreachable: Nobody answers.
+        FederationError: A certificate of this machine cannot be used.
     """
     from nnunetv2.federated.site.transports.answers import ForeignAnswerError, decode_answer, describe_foreign
 
@@ -89,9 +90,10 @@ def ask(
         data=data,
         headers={"Authorization": f"Bearer {credential.token}", "Content-Type": "application/json"},
     )
+    context = trusted_by(credential)
     try:
         try:
-            with open_url(request, context=_trust(credential), timeout_s=TIMEOUT_S) as answer:
+            with open_url(request, context=context, timeout_s=TIMEOUT_S) as answer:
                 content = answer.read(LARGEST_ANSWER)
             return decode_answer(model, content, answer.headers) if model is not None else None
         except ForeignAnswerError as error:
@@ -110,9 +112,27 @@ def ask(
         ) from error
 
 
-def _trust(credential: SiteCredential) -> ssl.SSLContext:
-    """Trust the pinned authority, else REQUESTS_CA_BUNDLE, else the system's, as `requests` does."""
-    context = ssl.create_default_context(cafile=credential.authority or os.environ.get("REQUESTS_CA_BUNDLE") or None)
+def trusted_by(credential: SiteCredential) -> ssl.SSLContext:
+    """Return what a credential trusts: its authority, else REQUESTS_CA_BUNDLE, else the system's.
+
+    As with `requests`, REQUESTS_CA_BUNDLE names a file or a folder.
+
+    Raises:
+        FederationError: The authorities, or the certificate that is to be shown, cannot be used.
+    """
+    given = os.environ.get("REQUESTS_CA_BUNDLE")
+    authorities = credential.authority or given or None
+    try:
+        if authorities is not None and Path(authorities).is_dir():
+            context = ssl.create_default_context(capath=authorities)
+        else:
+            context = ssl.create_default_context(cafile=authorities)
+    except OSError as error:  # which ssl.SSLError is
+        source = "the coordinator's authority" if credential.authority else "REQUESTS_CA_BUNDLE"
+        raise FederationError(
+            f"{source}, {authorities}, cannot be used: {error}. Expected a file of certificates in PEM format"
+            + ("" if credential.authority else ", or a folder of them that openssl rehash has named")
+        ) from error
     if credential.client_certificate is not None:
         load_chain(context, credential.client_certificate, credential.client_key)
     return context

@@ -297,6 +297,35 @@ def test_nobody_else_connects_where_everybody_shows_a_certificate(guarded, tmp_p
     assert asks_with(*own).sites == ("A", "B")
 
 
+# -------------------------------------------------------------------------------------------------- whom commands trust
+@pytest.mark.slow
+def test_authorities_are_a_file_or_a_folder(tmp_path, monkeypatch):
+    with coordinator_process(tmp_path / "federation", "--sites", "A", "B", "--tls") as process:
+        wait_until((process.folder / "operator.json").exists)
+        operator = load_credential(process.folder / "operator.json")
+        authority = Path(operator.authority)
+        show_hash = ["openssl", "x509", "-noout", "-hash", "-in", str(authority)]
+        name = subprocess.run(show_hash, check=True, capture_output=True, text=True).stdout.strip()
+        (tmp_path / "authorities").mkdir()
+        (tmp_path / "authorities" / f"{name}.0").write_bytes(authority.read_bytes())
+        trusting = replace(operator, authority=None)
+        for bundle in (authority, tmp_path / "authorities"):
+            monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(bundle))
+            assert ask(trusting, "GET", "settings", FederationSettings).sites == ("A", "B")
+        (tmp_path / "empty").mkdir()
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "empty"))
+        with pytest.raises(FederationError, match="certificate is not trusted"):
+            ask(trusting, "GET", "settings", FederationSettings)
+        (tmp_path / "text.pem").write_text("no certificate")
+        for bundle in (tmp_path / "missing.pem", tmp_path / "text.pem"):
+            monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(bundle))
+            with pytest.raises(FederationError, match=f"REQUESTS_CA_BUNDLE, {bundle}, cannot be used") as refusal:
+                ask(trusting, "GET", "settings", FederationSettings)
+            assert not isinstance(refusal.value, CoordinatorUnreachable)
+        with pytest.raises(FederationError, match=r"the coordinator's authority, .*missing\.pem, cannot be used"):
+            ask(replace(operator, authority=str(tmp_path / "missing.pem")), "GET", "settings", FederationSettings)
+
+
 # --------------------------------------------------------------------------------------------------------- this machine
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="addresses of the loopback interface")
