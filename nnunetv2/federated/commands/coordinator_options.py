@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
 
 from nnunetv2.federated.coordinator.http.listen_address import DEFAULT_HOST, DEFAULT_PORT, NOTHING
+from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.rounds import DEFAULT_EPOCHS
 
 METHODS = ("networks", "labels", "proximal", "keep_local", "finetune_epochs", "initial_weights")
@@ -62,6 +64,20 @@ def port_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 5 and int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is no port: expected a number from 0 to 65535")
     return int(text)
+
+
+def split_words(text: str, option: str) -> tuple[str, ...]:
+    """Split the options that another option holds in one text, as a shell would.
+
+    Raises:
+        FederationError: A quote is not closed.
+    """
+    try:
+        return tuple(shlex.split(text))
+    except ValueError as error:
+        raise FederationError(
+            f"{option} {text[:200]}: {error}. Close each quote, or put a backslash before it"
+        ) from error
 
 
 def _file_or_nothing(text: str) -> Path | str:

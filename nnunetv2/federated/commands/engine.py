@@ -12,6 +12,8 @@ from nnunetv2.federated.commands.coordinator_options import (
     add_protection_options,
     add_round_options,
     add_training_options,
+    port_number,
+    split_words,
 )
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.utilities.plain_text import shell_command, show
@@ -65,7 +67,7 @@ def prepare_site(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None:
             values[name] = tuple(getattr(arguments, name))
     for name in ("plan_options", "train_options"):
-        values[name] = tuple(getattr(arguments, name).split())
+        values[name] = split_words(getattr(arguments, name), f"--{name.replace('_', '-')}")
     site = validated(lambda: SiteFile(**values), "the command line")
     if not site.attach:
         for step in site.steps:
@@ -179,7 +181,7 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--folder", type=Path, required=True, metavar="F", help="folder below which federations are kept")
     one.add_argument(
         "--port",
-        type=int,
+        type=port_number,
         metavar="N",
         help="serve operators on this port of the server itself while a job runs, 0 for any free one (default: not)",
     )

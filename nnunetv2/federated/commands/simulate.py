@@ -27,7 +27,7 @@ from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
 
-from nnunetv2.federated.commands.coordinator_options import add_method_options, method_options
+from nnunetv2.federated.commands.coordinator_options import add_method_options, method_options, split_words
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.privacy.min_cases import VARIABLE as MIN_CASES_VARIABLE
 from nnunetv2.utilities.plain_text import printable, show
@@ -479,7 +479,7 @@ def read_site_options(
                 )
             if step in found.setdefault(dataset, {}):
                 raise SimulationError(f"--{step}_options_of is given twice for {dataset}: give one text")
-            found[dataset][step] = tuple(shlex.split(text))
+            found[dataset][step] = split_words(text, f"--{step}_options_of")
     return {dataset: SiteOptions(**given) for dataset, given in found.items()}
 
 
@@ -503,11 +503,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         plans_name=arguments.plans_name,
         device=arguments.device,
         federated_planning=None if arguments.skip_planning else arguments.federated,
-        planning_options=shlex.split(arguments.planning_options),
-        training_options=shlex.split(arguments.training_options),
+        planning_options=split_words(arguments.planning_options, "--planning_options"),
+        training_options=split_words(arguments.training_options, "--training_options"),
         coordinator_options=[
             *method_options(arguments),
-            *shlex.split(arguments.coordinator_options),
+            *split_words(arguments.coordinator_options, "--coordinator_options"),
             *([] if arguments.secure is None else ["--secure", str(arguments.secure)]),
             *([] if arguments.geometry is None else ["--geometry", arguments.geometry]),
         ],

@@ -10,6 +10,7 @@ import pytest
 from patience import PATIENCE_S
 
 from nnunetv2.federated.commands import coordinator, simulate
+from nnunetv2.federated.errors import FederationError
 
 
 @pytest.mark.parametrize(
@@ -85,4 +86,13 @@ def test_sites_do_not_wait_for_a_coordinator_that_has_ended(monkeypatch, tmp_pat
 )
 def test_options_of_sites_that_there_are_not_are_named(tmp_path, words, problem):
     with pytest.raises(simulate.SimulationError, match=problem):
+        simulate.main(["-d", "501", "502", "--folder", str(tmp_path), *words])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--training_options", "--npz 'x"], ["--training_options_of", "501=-p 'x"], ["--coordinator_options", '"']],
+)
+def test_a_quote_that_is_not_closed_is_named_with_its_option(tmp_path, words):
+    with pytest.raises(FederationError, match=rf"{words[0]} .*: No closing quotation\. Close each quote"):
         simulate.main(["-d", "501", "502", "--folder", str(tmp_path), *words])

@@ -140,10 +140,21 @@ def test_a_site_is_prepared(kit, tmp_path, capsys):
     assert "Jobs are refused" not in capsys.readouterr().out
 
 
+def test_further_words_are_split_as_a_shell_does(kit, tmp_path):
+    (tmp_path / "raw" / "Dataset101_Liver").mkdir(parents=True)
+    words = ["--train-options=-pretrained_weights '/my models/first.pth' --npz", "--plan-options=-np 1"]
+    options = ["--kit", str(kit), "--dataset", "101", "--env", f"nnUNet_raw={tmp_path / 'raw'}"]
+    assert main(["site", *options, *words]) == 0
+    site = read_site_file(kit / "local")
+    assert site.train_options == ("-pretrained_weights", "/my models/first.pth", "--npz")
+    assert site.plan_options == ("-np", "1")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"--kit": "nowhere"}, "no startup kit of a site"),
+        ({"--train-options": "'my plans"}, "--train-options 'my plans: No closing quotation"),
         ({"--dataset": "102"}, "there is no dataset 102 below"),
         ({"--env": "nnUNet_raw"}, "--env takes NAME=VALUE"),
     ],
