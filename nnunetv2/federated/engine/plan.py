@@ -15,6 +15,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import AfterValidator, Field
 
 from nnunetv2.federated.coordinator.founding import check_settings, with_implied
+from nnunetv2.federated.engine.commands import environment_of
 from nnunetv2.federated.errors import FederationError, WireError
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.messages import SITE_PATTERN, JsonObject, Part, Segment
@@ -220,8 +221,8 @@ def commands_of(task: SiteTask, site: SiteFile) -> list[list[str]]:
 
 def has_begun(task: SiteTask, site: SiteFile) -> bool:
     """Return whether a training of this site has left a checkpoint to go on from."""
-    results = site.environment.get("nnUNet_results")
-    if results is None:
+    results = environment_of(site.environment, Path(site.folder)).get("nnUNet_results")  # where the command looks
+    if not results:
         return False
     dataset = f"Dataset{int(site.dataset):03d}_*" if site.dataset.isdecimal() else site.dataset
     model = f"{task.trainer}__{site.plans}__{task.configuration}/fold_{task.fold}"

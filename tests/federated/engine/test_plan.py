@@ -101,6 +101,19 @@ def test_commands_are_those_that_people_type(tmp_path):
     assert commands_of(SiteTask(federation="x", fold="2", steps=("train",)), site) == [[*train, "--c"]]
 
 
+def test_a_training_goes_on_where_its_results_are_whoever_says_where_that_is(tmp_path, monkeypatch):
+    fold = Path("Dataset101_Liver", "nnUNetTrainerAsymFedAvg__nnUNetPlans__3d_fullres", "fold_0")
+    (tmp_path / "results" / fold).mkdir(parents=True)
+    (tmp_path / "results" / fold / "checkpoint_latest.pth").touch()
+    task = SiteTask(federation="x", steps=("train",))
+    monkeypatch.delenv("nnUNet_results", raising=False)
+    assert "--c" not in commands_of(task, make_site())[0]
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    assert "--c" in commands_of(task, make_site())[0]
+    elsewhere = make_site(environment={"nnUNet_results": str(tmp_path / "elsewhere")})
+    assert "--c" not in commands_of(task, elsewhere)[0], "the site's file overrules the environment"
+
+
 def test_files_that_are_missing_or_wrong_are_named(tmp_path):
     with pytest.raises(FederationError, match=r"nnunet_server.json is missing: .*nnUNetv2_fed_engine server"):
         read_server_file(tmp_path)

@@ -20,6 +20,7 @@ from nnunetv2.federated.coordinator.malloc import return_what_is_freed
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.engine.nvflare.cells import CellServer, check_is_safe, sites_of
+from nnunetv2.federated.engine.nvflare.job import TASK
 from nnunetv2.federated.engine.operators import OperatorServer
 from nnunetv2.federated.engine.plan import (
     CoordinatorTask,
@@ -33,7 +34,6 @@ from nnunetv2.federated.engine.responder import Responder
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.protocol.invitation import check_site_name
 
-TASK = "federate"
 NVFLARE = "nvflare"
 """Who admits sites, in the audit log."""
 

@@ -17,10 +17,10 @@ from nvflare.apis.signal import Signal
 from nnunetv2.federated.engine.commands import LOCK_FILE, AbortedError, environment_of, find_command, run_command
 from nnunetv2.federated.engine.gateway import Gateway
 from nnunetv2.federated.engine.nvflare.cells import CellChannel, check_is_safe
+from nnunetv2.federated.engine.nvflare.job import TASK
 from nnunetv2.federated.engine.plan import SITE_FILE, SiteTask, check_allowed, commands_of, parse_task, read_site_file
 from nnunetv2.federated.errors import FederationError
 
-TASK = "federate"
 CREDENTIAL_FILE = "federated_site.json"
 PAUSE_S = 1.0
 ATTACHED_S = 30.0
