@@ -30,15 +30,10 @@ from nnunetv2.comparison.study_folder import (
     pooled_dataset,
     whole_or_nothing,
 )
-from nnunetv2.federated.commands.simulate import (
-    LocalSite,
-    RunningProcess,
-    find_command,
-    run_everywhere,
-    running_coordinator,
-)
+from nnunetv2.federated.commands.simulate import LocalSite, RunningProcess, run_everywhere, running_coordinator
 from nnunetv2.training.seeding import SEED_VARIABLE
 from nnunetv2.utilities.atomic_write import save_json_atomically
+from nnunetv2.utilities.command_line import find_command
 from nnunetv2.utilities.json_files import read_json
 from nnunetv2.utilities.plain_text import show
 

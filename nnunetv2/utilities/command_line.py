@@ -1,4 +1,4 @@
-"""Options, logging and error lines that all commands share."""
+"""Options, logging and error lines that all commands share, and where the commands are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import select
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -42,6 +43,26 @@ def dataset_argument(text: str) -> int | str:
     if text.startswith("Dataset"):
         return text
     raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a dataset nor a name that starts with Dataset")
+
+
+def find_command(name: str, folder: Path | None = None) -> str:
+    """Return the path of a console script of this package.
+
+    Args:
+        folder: Where to look, and nowhere else. None: beside this Python, else on the PATH.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    beside_python = Path(sys.executable).parent
+    found = shutil.which(name, path=str(folder or beside_python))
+    if found is None and folder is None:
+        found = shutil.which(name)
+    if found is None:
+        place = beside_python if folder is None else folder
+        also = " or on the PATH" if folder is None else ""
+        raise FileNotFoundError(f"there is no command {name} in {place}{also}: install this package there")
+    return found
 
 
 def run_command(function: Callable[[], int | None]) -> None:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from nnunetv2.utilities.command_line import add_device_option, run_command
+from nnunetv2.utilities.command_line import add_device_option, find_command, run_command
 
 
 class OwnError(Exception):
@@ -160,3 +160,19 @@ def test_no_text_of_others_commands_the_terminal(kind):
     assert shown.replace("\n", "").isprintable() and shown.count("owned") >= 4
     assert not any(line.startswith("forged") for line in shown.splitlines() if kind in ("ValueError", "OSError"))
     assert ("Traceback" in shown) == (kind in ("KeyError", "TypeError"))
+
+
+def test_commands_are_found_in_the_folder_that_is_given_and_nowhere_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "path"))
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "nnUNetv2_here").touch(mode=0o755)
+    with pytest.raises(FileNotFoundError, match=f"no command nnUNetv2_here in {tmp_path / 'given'}: install"):
+        find_command("nnUNetv2_here", tmp_path / "given")
+    (tmp_path / "given").mkdir()
+    (tmp_path / "given" / "nnUNetv2_here").touch(mode=0o755)
+    assert find_command("nnUNetv2_here", tmp_path / "given") == str(tmp_path / "given" / "nnUNetv2_here")
+    assert find_command("nnUNetv2_here") == str(tmp_path / "path" / "nnUNetv2_here")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "given" / "python"))
+    assert find_command("nnUNetv2_here") == str(tmp_path / "given" / "nnUNetv2_here"), "the nearest one"
+    with pytest.raises(FileNotFoundError, match=f"in {tmp_path / 'given'} or on the PATH"):
+        find_command("nnUNetv2_nowhere")

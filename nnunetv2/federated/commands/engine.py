@@ -47,9 +47,9 @@ def prepare_server(arguments: argparse.Namespace) -> None:
 
 def prepare_site(arguments: argparse.Namespace) -> None:
     """Write what a site lets jobs do into its startup kit."""
-    from nnunetv2.federated.engine.commands import find_command
     from nnunetv2.federated.engine.plan import SITE_FILE, SiteFile
     from nnunetv2.federated.protocol.strict_json import validated
+    from nnunetv2.utilities.command_line import find_command
 
     kit = _check_kit(arguments.kit, "site")
     folder = (arguments.folder or kit.with_name(f"{kit.name}-nnunet")).expanduser().resolve()
@@ -70,8 +70,9 @@ def prepare_site(arguments: argparse.Namespace) -> None:
         values[name] = split_words(getattr(arguments, name), f"--{name.replace('_', '-')}")
     site = validated(lambda: SiteFile(**values), "the command line")
     if not site.attach:
+        commands = {"plan": "nnUNetv2_plan_and_preprocess", "train": "nnUNetv2_train"}
         for step in site.steps:
-            find_command({"plan": "nnUNetv2_plan_and_preprocess", "train": "nnUNetv2_train"}[step], site.commands)
+            find_command(commands[step], site.commands_folder)
     _check_dataset(site)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     _write(site, kit / "local" / SITE_FILE)

@@ -12,11 +12,9 @@ import argparse
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -30,6 +28,7 @@ from urllib.parse import urlsplit
 from nnunetv2.federated.commands.coordinator_options import add_method_options, method_options, split_words
 from nnunetv2.federated.errors import FederationError
 from nnunetv2.federated.privacy.min_cases import VARIABLE as MIN_CASES_VARIABLE
+from nnunetv2.utilities.command_line import find_command
 from nnunetv2.utilities.plain_text import printable, show
 
 START_TIMEOUT_S = 60.0
@@ -64,15 +63,6 @@ class SiteOptions:
 
 
 NO_OPTIONS = SiteOptions()
-
-
-def find_command(name: str) -> str:
-    """Return the path of a console script of this installation."""
-    beside_python = shutil.which(name, path=str(Path(sys.executable).parent))
-    found = beside_python or shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"command {name} not found: install this package with pip first")
-    return found
 
 
 def site_environment(site: LocalSite, *, num_sites: int) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import time
@@ -23,15 +22,6 @@ POLL_S = 0.2
 
 class AbortedError(Exception):
     """The job was aborted while a command was running."""
-
-
-def find_command(name: str, folder: str | None) -> str:
-    """Return the path of a command of this package."""
-    place = str(Path(sys.executable).parent) if folder is None else folder
-    found = shutil.which(name, path=place)
-    if found is None:
-        raise FederationError(f"there is no command {name} in {place}: install this package there")
-    return found
 
 
 def environment_of(given: Mapping[str, str], credential: Path) -> dict[str, str]:

@@ -9,6 +9,7 @@ A job names no path, no command and no dataset; unknown keys are refused before 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -100,6 +101,11 @@ class SiteFile(Part):
     """Folder with the commands of this package. None: that of the engine's own Python."""
     attach: bool = False
     """The job opens the gateway only; people type the commands."""
+
+    @property
+    def commands_folder(self) -> Path:
+        """The one folder whose commands a job may run."""
+        return Path(self.commands or Path(sys.executable).parent)
 
 
 def read_server_file(folder: Path) -> ServerFile:

@@ -14,7 +14,7 @@ from fake_federation import wait_until
 
 from nnunetv2.federated.engine import commands as engine_commands
 from nnunetv2.federated.engine import warden
-from nnunetv2.federated.engine.commands import AbortedError, environment_of, find_command, run_command
+from nnunetv2.federated.engine.commands import AbortedError, environment_of, run_command
 from nnunetv2.federated.errors import FederationError
 
 TWO_PROCESSES = "import os, sys, time\nos.fork()\nopen(sys.argv[1] + str(os.getpid()), 'w').close()\ntime.sleep(10000)"
@@ -103,13 +103,6 @@ def test_no_two_commands_train_at_a_site(tmp_path, monkeypatch):
     os.close(writing)
     wait_until(lambda: not any(map(is_alive, pids(tmp_path))))
     run(tmp_path, "print('at last')")
-
-
-def test_commands_are_found_where_the_site_says(tmp_path):
-    with pytest.raises(FederationError, match="there is no command nnUNetv2_train in"):
-        find_command("nnUNetv2_train", str(tmp_path))
-    (tmp_path / "nnUNetv2_train").touch(mode=0o755)
-    assert find_command("nnUNetv2_train", str(tmp_path)) == str(tmp_path / "nnUNetv2_train")
 
 
 def test_commands_get_the_environment_of_the_site_and_not_the_engines_path(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,11 @@ def test_commands_are_those_that_people_type(tmp_path):
     fold.mkdir(parents=True)
     (fold / "checkpoint_latest.pth").touch()
     assert commands_of(SiteTask(federation="x", fold="2", steps=("train",)), site) == [[*train, "--c"]]
+
+
+def test_commands_are_those_of_one_folder(tmp_path):
+    assert make_site(commands=str(tmp_path)).commands_folder == tmp_path
+    assert make_site().commands_folder == Path(sys.executable).parent
 
 
 def test_a_training_goes_on_where_its_results_are_whoever_says_where_that_is(tmp_path, monkeypatch):

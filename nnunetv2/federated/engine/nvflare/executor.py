@@ -14,12 +14,13 @@ from nvflare.apis.fl_context import FLContext
 from nvflare.apis.shareable import Shareable, make_reply
 from nvflare.apis.signal import Signal
 
-from nnunetv2.federated.engine.commands import LOCK_FILE, AbortedError, environment_of, find_command, run_command
+from nnunetv2.federated.engine.commands import LOCK_FILE, AbortedError, environment_of, run_command
 from nnunetv2.federated.engine.gateway import Gateway
 from nnunetv2.federated.engine.nvflare.cells import CellChannel, check_is_safe
 from nnunetv2.federated.engine.nvflare.job import TASK
 from nnunetv2.federated.engine.plan import SITE_FILE, SiteTask, check_allowed, commands_of, parse_task, read_site_file
 from nnunetv2.federated.errors import FederationError
+from nnunetv2.utilities.command_line import find_command
 
 CREDENTIAL_FILE = "federated_site.json"
 PAUSE_S = 1.0
@@ -66,7 +67,7 @@ class SiteExecutor(Executor):  # type: ignore[misc] # has no types
         site = read_site_file(local)
         check_allowed(self._task, site, local / SITE_FILE)
         commands = [
-            [find_command(program, site.commands), *rest]
+            [find_command(program, site.commands_folder), *rest]
             for program, *rest in ([] if site.attach else commands_of(self._task, site))
         ]
         cell = engine.get_cell()
