@@ -79,20 +79,21 @@ setup(
         "numpy>=1.24",
         "scipy",
         "scikit-image>=0.20",
-        "scikit-learn",
+        "scikit-learn",  # imported nowhere here: the release brings it along, and users' own code may count on it
         "threadpoolctl",
         "SimpleITK>=2.4",
         "nibabel",
+        "imageio>=2.27",
+        "pillow",
         "tifffile",
         "imagecodecs",
         "matplotlib",
         "tqdm",
-        # the federation; the coordinator alone needs these and numpy only, without requests and tenacity
+        # the federation; deploy/coordinator-requirements.txt lists what a coordinator alone needs of it
         "pydantic>=2.8",
         "prometheus-client>=0.20",
         "requests>=2.32.4",
         "tenacity>=8.2",
-        "safetensors>=0.4.2",
         "cryptography>=42",
         # with upper bounds: coordinator/http/connections.py is built on the inside of uvicorn; newest tested: 0.54 and 1.10
         "h11>=0.16",
@@ -116,6 +117,7 @@ setup(
             "types-requests",
             "types-tqdm",
             "dp-accounting>=0.6",
+            "safetensors>=0.4.2",
         ],
         # export to ONNX; deploy/onnx-requirements.txt lists what prediction with the files needs, without torch
         "onnx": ["onnx>=1.16", "onnxruntime>=1.19"],
