@@ -24,6 +24,18 @@ from nnunetv2.federated.coordinator.http.site_routes import build_site_app
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.errors import RefusedError
 
+DAY_S = 86_400.0
+
+
+async def remove_old_uploads_daily(coordinator: Coordinator) -> None:
+    """Remove what nobody goes on with, every day after the start, which does so too."""
+    while True:
+        await asyncio.sleep(DAY_S)
+        try:
+            await run_in_threadpool(coordinator.uploads.remove_old)
+        except OSError as error:
+            coordinator.state.log(f"old uploads cannot be removed at the moment: {error}")
+
 
 def build_app(
     coordinator: Coordinator,
@@ -48,11 +60,13 @@ def build_app(
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         coordinator.notifier.bind()
         coordinator.start()
-        daily = asyncio.create_task(dashboard.log_head_daily())
+        tasks = dashboard.log_head_daily(), remove_old_uploads_daily(coordinator)
+        daily = [asyncio.create_task(task) for task in tasks]
         yield
-        daily.cancel()
-        with suppress(asyncio.CancelledError):
-            await daily
+        for task in daily:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         services.reception.close()
         await run_in_threadpool(coordinator.stop)
 

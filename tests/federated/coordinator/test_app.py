@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import os
 import re
 import socket
 import threading
@@ -26,6 +27,7 @@ from fake_federation import (
 from http_peer import Peer
 from patience import MUCH_LONGER_S, PATIENCE_S
 
+from nnunetv2.federated.coordinator import app as coordinator_app
 from nnunetv2.federated.coordinator.http.error_responses import problem_of
 from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.document import open_document
@@ -389,3 +391,12 @@ def test_paths_of_the_coordinators_machine_stay_there():
     status, problem = problem_of(FileNotFoundError(2, "No such file or directory", "/srv/clinic/federation/x"))
     assert (status, problem.message) == (503, "trouble at the coordinator: No such file or directory")
     assert problem_of(OSError("the model of run x is not written yet"))[1].message.endswith("is not written yet")
+
+
+def test_old_uploads_go_while_the_coordinator_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(coordinator_app, "DAY_S", 0.05)
+    with served(tmp_path / "federation", make_settings()) as federation:
+        old = federation.state.store.folder / "incoming" / "exchange.A.digest.part"
+        old.write_bytes(b"x" * (2 << 20))
+        os.utime(old, (1.0, 1.0))
+        wait_until(lambda: not old.exists())

@@ -10,6 +10,7 @@ stealing in its backup: keep it as safe.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import io
 import json
@@ -37,6 +38,7 @@ FURTHER_FOLDERS = ("models", "tls", "given")
 ATTEMPTS = 10
 """A document may be deleted, because its round has been closed, between the copy of the database and its link."""
 _SCRATCH = ".backup-"
+_RESTORED = ".restored-"
 _LEFT_BEHIND_S = 86_400.0
 _PIECE_BYTES = 1 << 20
 
@@ -68,7 +70,7 @@ def backup(folder: Path, target: Path) -> Backup:
 
     if target.exists():
         raise FileExistsError(f"{target} exists: choose another name, so that an older backup stays what it is")
-    _remove_leftovers(folder)
+    _remove_leftovers(folder, _SCRATCH)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=folder) as name:
         scratch = Path(name)
         created, digests = _collect(folder, scratch)
@@ -190,9 +192,9 @@ def _federation_of(folder: Path) -> str:
     return str(json.loads(row[0])["federation"])
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what backups that were killed have left."""
-    for scratch in folder.glob(f"{_SCRATCH}*"):
+def _remove_leftovers(folder: Path, prefix: str) -> None:
+    """Remove what commands that were killed have left a day ago."""
+    for scratch in folder.glob(f"{glob.escape(prefix)}*"):
         if time.time() - scratch.stat().st_mtime > _LEFT_BEHIND_S:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -207,7 +209,9 @@ def restore(source: Path, folder: Path) -> Backup:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FederationError(f"{folder} is not empty: a federation is restored into a folder of its own")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    prefix = f"{_RESTORED}{folder.name}-"
+    _remove_leftovers(folder.parent, prefix)
+    scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=folder.parent))
     try:
         restored = _unpack(source, scratch)
         _check(scratch, restored)

@@ -107,11 +107,16 @@ class PartialUploads:
             self._being_stored.add(path)
 
     def remove_old(self, now: float | None = None) -> None:
-        """Remove uploads that are two days old, or complete and never stored."""
+        """Remove uploads of two days ago, or complete and never stored.
+
+        Those that are being written or stored stay.
+        """
         latest = (time.time() if now is None else now) - KEPT_FOR_S
-        for path in self._folder.iterdir():
-            if path.suffix == WHOLE or path.stat().st_mtime < latest:
-                path.unlink()
+        with self._lock:
+            in_use = {*self._writers, *(path.with_suffix(WHOLE) for path in self._being_stored)}
+            for path in set(self._folder.iterdir()) - in_use:
+                if path.suffix == WHOLE or path.stat().st_mtime < latest:
+                    path.unlink()
 
     def _remove_others(self, path: Path) -> None:
         """Remove other documents of the same site for the same exchange."""

@@ -6,12 +6,13 @@
     incoming/                                        uploads that are not complete
 
 A row is written after the file that it speaks of is on the disk, and nothing is acknowledged before its row is. Files
-without a row are leftovers of a crash and are removed at the next start.
+without a row are leftovers of a crash and are removed at the next start, as is what was being written beside them.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,7 +33,7 @@ from nnunetv2.federated.exchanges.registry import RunControl
 from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 from nnunetv2.federated.protocol.api import FederationSettings
 from nnunetv2.federated.protocol.keys import Key, NumberedKey
-from nnunetv2.utilities.atomic_write import flush_to_disk
+from nnunetv2.utilities.atomic_write import flush_to_disk, remove_leftovers
 from nnunetv2.utilities.file_lock import lock_file
 from nnunetv2.utilities.plain_text import excerpt
 
@@ -440,7 +441,11 @@ class Store:
         return sorted(int(path.name) for path in folder.iterdir()) if folder.is_dir() else []
 
     def _remove_orphans(self) -> None:
-        """Remove files without a row, which a crash has left behind."""
+        """Remove files without a row, and files half written, which a crash has left behind."""
+        for part in ("models", "tls", "given"):  # only the holder of the lock writes there, whatever the clock says
+            for name, *_ in os.walk(self.folder / part):
+                remove_leftovers(name, older_than_s=-math.inf)
+        remove_leftovers(self.folder)  # a backup may be written to the folder itself
         top = self.folder / "gatherings"
         for name, _, files in os.walk(top, topdown=False):
             folder = Path(name)

@@ -2,13 +2,26 @@
 
 import io
 import json
+import os
 import stat
+import subprocess
+import sys
 import tarfile
 import threading
+import time
 from dataclasses import replace
 
 import pytest
-from fake_federation import coordinator_process, in_threads, make_client, make_settings, served, train, wait_until
+from fake_federation import (
+    PROJECT,
+    coordinator_process,
+    in_threads,
+    make_client,
+    make_settings,
+    served,
+    train,
+    wait_until,
+)
 from patience import PATIENCE_S
 
 from nnunetv2.federated.commands.admin import main
@@ -83,6 +96,25 @@ def test_what_is_restored_is_what_was_saved(folder, tmp_path):
     assert not names & {"lock", "coordinator.json", "operator.json"}
     for name in names - {"coordinator.sqlite"}:
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_what_a_killed_restore_has_left_goes_with_a_later_one(folder, tmp_path):
+    backup(folder, tmp_path / "b.tar")
+    target = tmp_path / "there" / "a [b]"
+    code = (
+        "import os, sys; from pathlib import Path; from nnunetv2.federated.coordinator.storage import backup\n"
+        "backup._check = lambda *_: os.kill(os.getpid(), 9)\n"
+        "backup.restore(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path / "b.tar"), str(target)], cwd=PROJECT)
+    old, young = target.parent.iterdir()
+    os.utime(old, (time.time() - 90_000,) * 2)
+    others = target.parent / f".{target.name}-of-somebody-else"
+    others.mkdir()
+    os.utime(others, (1.0, 1.0))
+    restore(tmp_path / "b.tar", target)
+    assert sorted(target.parent.iterdir()) == sorted([young, others, target])
 
 
 def test_a_backup_is_not_written_over(folder, tmp_path):

@@ -106,6 +106,15 @@ def test_what_nobody_goes_on_with_is_removed(uploads):
     assert not path.exists()
 
 
+def test_what_somebody_writes_or_stores_is_not_old(uploads):
+    with uploads.writing(KEY, "A", D1, offset=0) as stalled, uploads.writing(KEY, "B", D2, offset=0) as stored:
+        stalled.append(CONTENT)
+        stored.append(CONTENT)
+        stored.complete()
+        uploads.remove_old(now=stalled.path.stat().st_mtime + 2 * KEPT_FOR_S)
+        assert stalled.path.read_bytes() == stored.path.read_bytes() == CONTENT
+
+
 def test_what_a_crash_kept_from_being_stored_is_removed(tmp_path):
     with PartialUploads(tmp_path).writing(KEY, "A", D1, offset=0) as upload:
         upload.append(CONTENT)

@@ -1,5 +1,6 @@
 """The coordinator's disk."""
 
+import os
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -171,3 +172,22 @@ def test_a_failing_transaction_leaves_the_old_state(store):
     with pytest.raises(sqlite3.IntegrityError):
         contribute(store, broken, "A", b"b")
     assert store.load_exchanges(make_settings())[0].contributions == state.contributions
+
+
+def test_what_a_crash_left_half_written_is_removed(store):
+    store.close()
+    parts = ("models", "models/a__b__c/fold_0", "tls", "given", ".")
+    halves = [store.folder / part / ".partial-x" / "half" for part in parts]
+    for half in halves:
+        half.parent.mkdir(parents=True)
+        half.write_bytes(b"half")
+    os.utime(halves[0].parent, (2e10, 2e10))  # the clock has been set back since
+    whole = store.folder / "models" / "run.zip"
+    whole.write_bytes(b"whole")
+    with Store(store.folder):
+        assert [half.exists() for half in halves] == [False, False, False, False, True]
+        assert whole.exists()
+    for path in (halves[-1], halves[-1].parent):
+        os.utime(path, (1.0, 1.0))
+    with Store(store.folder):
+        assert not halves[-1].parent.exists(), "nobody writes a backup there any more"
