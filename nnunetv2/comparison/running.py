@@ -248,7 +248,10 @@ def read_traffic(federation: Path) -> int:
 
 
 def digest_model(folder: Path, fold: str, checkpoint: str) -> str:
-    """Return the SHA-256 of weights, plans and labels: within an arm, all that decides a model's predictions."""
+    """Return the SHA-256 of weights, plans and labels.
+
+    Within an arm, they are all that decides a model's predictions.
+    """
     from nnunetv2.models.checkpoint_file import load_checkpoint_file
 
     plans = {key: value for key, value in read_json(folder / "plans.json").items() if key != "dataset_name"}

@@ -142,7 +142,7 @@ def list_test_cases(dataset: Dataset) -> dict[str, tuple[list[Path], Path]]:
 
 @contextmanager
 def open_study(folder: Path, study: Study, *, go_on: bool) -> Iterator[None]:
-    """Write a study down, or check that it is the one that the folder holds, and keep other commands out of the folder.
+    """Write a study down, or check it, and keep other commands out of its folder.
 
     Arms and seeds that the folder has from earlier commands stay written down beside those of now.
 

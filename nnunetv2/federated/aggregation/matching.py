@@ -151,9 +151,9 @@ def match_tensors(manifests: Mapping[str, Manifest], *, rule: Rule, min_sites: i
 
 
 def match_by(rule: Rule, manifests: Mapping[str, Manifest], *, min_sites: int = 2) -> Matching:
-    """Match tensors whose names are equal, by `resolution` once decoder stages are numbered from the top.
+    """Match tensors whose names are equal by a rule.
 
-    Nothing is refused; see `match_tensors`.
+    By `resolution`, decoder stages are numbered from the top before. Nothing is refused; see `match_tensors`.
     """
     return _match(manifests, _NAMES[rule], min_sites)
 

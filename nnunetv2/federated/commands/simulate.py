@@ -195,7 +195,11 @@ def run_everywhere(
 
 
 def wait_for_all(running: Sequence[RunningProcess], coordinator: RunningProcess | None = None) -> None:
-    """Wait for all sites' processes; raise SimulationError at the first failure, and if the coordinator ends before."""
+    """Wait for all sites' processes.
+
+    Raises:
+        SimulationError: One has failed, or the coordinator has ended before them.
+    """
     while True:
         failed = [process for process in running if process.poll() not in (None, 0)]
         if coordinator is not None and coordinator.poll() is not None:

@@ -191,7 +191,7 @@ async def get_result(request: Request) -> Response:
 
 
 def wanted_form(request: Request) -> dict[str, Any]:
-    """Return whether the changes since the result before suffice for a site, and which result it had before."""
+    """Return whether changes suffice for a site, and since which result."""
     text, since = request.query_params.get("changes", "0"), request.query_params.get("since")
     if text not in ("0", "1"):
         raise RefusedError(f"changes must be 0 or 1, not {text[:40]!r}", code="incomplete_request")
