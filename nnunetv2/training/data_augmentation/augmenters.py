@@ -14,7 +14,6 @@ With a seed, batches also come in a fixed order: worker w of n draws the batches
 from __future__ import annotations
 
 import ctypes
-import logging
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -37,8 +36,6 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from nnunetv2.training.data_augmentation.numbered_batches import NumberedBatches, QueuesInTurn, seed_everything
 from nnunetv2.utilities.plain_text import log_plainly
 from nnunetv2.utilities.worker_traceback import WorkerTracebackError
-
-logger = logging.getLogger(__name__)
 
 REACTION_TIME_S = 0.2
 """How long anyone waits before looking whether the others still live. Batches are handed over without this delay."""
@@ -185,7 +182,11 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         gpu = torch.cuda.current_device() if self.pin_memory and torch.cuda.is_available() else None
         self.results_loop_thread = threading.Thread(
             target=_forward,
-            args=(self._queue, self.results_loop_queue, self.abort_event, gpu),
+            args=(
+                _Channels(self._queue, self._failures, self.abort_event, self.pause_event),
+                self.results_loop_queue,
+                gpu,
+            ),
             daemon=True,
             name="augmentation-results",
         )
@@ -209,13 +210,15 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         """Return a batch.
 
         Raises:
-            RuntimeError: A worker failed or died. The workers are shut down; the message says what happened.
+            RuntimeError: A worker failed or died, or a batch could not be received. The workers are shut down; the
+                message says what happened.
         """
         if not self.initialized:
             self._start()
         while True:
             # Looked at before each batch: while the other workers deliver, a dead one would go unnoticed for long.
-            if self.abort_event.is_set() or self._wait_for_exit(timeout_s=0):
+            is_over = self.abort_event.is_set() or not self.results_loop_thread.is_alive()
+            if is_over or self._wait_for_exit(timeout_s=0):
                 self._raise_failure()
             try:
                 return self.results_loop_queue.get(timeout=REACTION_TIME_S)
@@ -271,9 +274,14 @@ def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker
     except KeyboardInterrupt:
         channels.abort.set()
     except Exception as error:  # noqa: BLE001  reported, whatever it is: here nobody else would see it
-        report = f"augmentation-{worker} failed: {type(error).__name__}: {error}"[:MAX_REPORT_LENGTH].rstrip(": ")
-        channels.failures.put((report, traceback.format_exc()[-MAX_REPORT_LENGTH:]))
-        channels.abort.set()
+        _report_failure(channels, f"augmentation-{worker} failed", error)
+
+
+def _report_failure(channels: _Channels, fault: str, error: Exception) -> None:
+    """Write down what went wrong and the traceback of the error being handled; tell everybody to stop."""
+    report = f"{fault}: {type(error).__name__}: {error}"[:MAX_REPORT_LENGTH].rstrip(": ")
+    channels.failures.put((report, traceback.format_exc()[-MAX_REPORT_LENGTH:]))
+    channels.abort.set()
 
 
 def prepare_worker() -> None:
@@ -320,25 +328,24 @@ def _put(channels: _Channels, batch: dict) -> bool:
     return False
 
 
-def _forward(batches: Any, ready: queue.Queue, abort: Any, gpu: int | None) -> None:
+def _forward(channels: _Channels, ready: queue.Queue, gpu: int | None) -> None:
     """Carry batches from the process queue to the thread queue, pinned if there is a GPU, until told to stop."""
     if gpu is not None:
         torch.cuda.set_device(gpu)
     batch = None
-    while not abort.is_set():
+    while not channels.abort.is_set():
         try:
             if batch is None:
-                batch = batches.get(timeout=REACTION_TIME_S)
+                batch = channels.batches.get(timeout=REACTION_TIME_S)
                 if gpu is not None:
                     batch = pin_memory_of_all_eligible_items_in_dict(batch)
             ready.put(batch, timeout=REACTION_TIME_S)
             batch = None
         except (queue.Empty, queue.Full):
             continue
-        except (OSError, EOFError, RuntimeError, ConnectionError) as error:
-            # A worker died while its batch was on the way, or a batch could not be pinned.
-            logger.error("a batch could not be received: %s: %s", type(error).__name__, error)
-            abort.set()
+        except Exception as error:  # noqa: BLE001  any: a batch is rebuilt here, and whoever waits for it would never know
+            # A worker died while its batch was on the way, memory ran out, or a batch could not be pinned.
+            _report_failure(channels, "a batch could not be received", error)
 
 
 def _describe_exit(exit_code: int) -> str:

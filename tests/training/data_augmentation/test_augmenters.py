@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import time
@@ -40,6 +41,30 @@ class Draws:
 class Fails:
     def __next__(self) -> dict:
         raise ValueError("the third slice is upside down")
+
+
+class Constant:
+    """Yields the same value again and again."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __next__(self) -> dict:
+        return {"value": self.value}
+
+
+class RaisesWhenRebuilt:
+    """Raises an error in the process that receives it."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        self.error = error
+
+    def __reduce__(self):
+        return raise_on_arrival, (self.error,)
+
+
+def raise_on_arrival(error: type[Exception]) -> None:
+    raise error("on arrival")
 
 
 class Dies:
@@ -98,6 +123,20 @@ def test_an_error_in_a_worker_arrives_with_its_text_and_a_hint(start):
     line = describe_error(caught.value)
     assert line.startswith("augmentation-") and "Traceback" not in line
     assert "Traceback (most recent call last)" in str(caught.value.__cause__), "for those who debug"
+
+
+@pytest.mark.parametrize("error", [MemoryError, pickle.UnpicklingError, ValueError])
+def test_a_batch_that_cannot_be_received_ends_the_wait_for_it(start, error):
+    augmenter = start(Constant(RaisesWhenRebuilt(error)), num_processes=1)
+    with pytest.raises(RuntimeError, match=f"a batch could not be received: {error.__name__}: on arrival") as caught:
+        next(augmenter)
+    assert "in raise_on_arrival" in str(caught.value.__cause__)
+
+
+def test_a_thread_that_has_ended_is_noticed(start, monkeypatch):
+    monkeypatch.setattr(augmenters, "_forward", lambda *channels: None)
+    with pytest.raises(RuntimeError, match="No cause was reported"):
+        next(start(Draws()))
 
 
 def test_a_dead_worker_is_noticed_and_explained(start):
