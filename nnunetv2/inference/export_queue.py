@@ -10,10 +10,12 @@ import errno
 import logging
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from traceback import clear_frames
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
-from nnunetv2.inference.preprocessing_jobs import UnpreparedCaseError
+from nnunetv2.inference.errors import FailedCasesError, describe_failure
 from nnunetv2.utilities.free_memory import free_memory_bytes
 
 logger = logging.getLogger(__name__)
@@ -24,10 +26,22 @@ _MOST_WAITING_EXPORTS = 2
 _NO_OTHER_CASE_WILL_DO_BETTER = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
+class _Export(NamedTuple):
+    """An export that is not known to be done."""
+
+    number: int
+    name: str
+    num_bytes: int
+    future: Future
+
+
 class ExportQueue:
     """Run exports in order of arrival; remember what they return and which cases failed.
 
     A failure is logged at once and does not keep other cases from being exported, unless the disk is full.
+
+    Cases are named by what they are written to, as far as it is known. Messages give the last part of a path, or all
+    of it where several cases that failed share that part.
 
     Args:
         num_workers: Exports that run at the same time; 0 exports each case before `submit` returns.
@@ -41,7 +55,10 @@ class ExportQueue:
         self._num_workers = num_workers
         self._most_bytes = int(free_memory_bytes() * _SHARE_OF_FREE_MEMORY) if most_bytes is None else most_bytes
         self._executor = ThreadPoolExecutor(max(1, num_workers), thread_name_prefix="export")
-        self._exports: list[tuple[str, int, Future]] = []
+        self._unfinished: list[_Export] = []
+        self._results: list[Any] = []  # of all cases; None until there is one
+        self._failures: dict[int, tuple[str, BaseException]] = {}
+        self._full_disk: BaseException | None = None
 
     def __enter__(self) -> ExportQueue:
         return self
@@ -64,74 +81,75 @@ class ExportQueue:
             RuntimeError: An earlier export found the disk full; the message lists all cases that failed.
         """
         self._wait_for_room(num_bytes)
-        self._require_disk_space()
+        if self._full_disk is not None:
+            raise RuntimeError(str(self._failure())) from self._full_disk
         future = self._executor.submit(export, *arguments)
-        future.add_done_callback(lambda done: _log_failure(name, done))
-        self._exports.append((name, num_bytes, future))
+        future.add_done_callback(lambda done: _report_failure(name, done))
+        self._unfinished.append(_Export(len(self._results), name, num_bytes, future))
+        self._results.append(None)
         if self._num_workers == 0:
             wait([future])
 
     def fail(self, name: str, error: BaseException) -> None:
         """Note down that a case failed before it came here."""
-        future: Future = Future()
-        future.set_exception(error)
-        _log_failure(name, future)
-        self._exports.append((name, 0, future))
+        _report(name, error)
+        self._note_failure(len(self._results), name, error)
+        self._results.append(None)
 
     def results(self) -> list[Any]:
         """Wait for all exports and return their results in order.
 
         Raises:
-            RuntimeError: Cases failed; the message lists them.
+            FailedCasesError: Cases failed; the message lists them.
         """
-        wait([future for *_, future in self._exports])
-        failed = self._failed()
-        if failed:
-            raise _failure(failed, len(self._exports)) from next(iter(failed.values()))
-        return [future.result() for *_, future in self._exports]
+        wait([export.future for export in self._unfinished])
+        self._settle()
+        if self._failures:
+            failure = self._failure()
+            raise failure from failure.failures[0][1]
+        return self._results
 
-    def _failed(self) -> dict[str, BaseException]:
-        return {
-            name: error
-            for name, _, future in self._exports
-            if future.done() and (error := future.exception()) is not None
-        }
+    def _settle(self) -> None:
+        """Note down how those exports ended that are done by now."""
+        done = [export for export in self._unfinished if export.future.done()]
+        self._unfinished = [export for export in self._unfinished if export not in done]
+        for number, name, _, future in done:
+            error = future.exception()
+            if error is None:
+                self._results[number] = future.result()
+            else:
+                self._note_failure(number, name, error)
+
+    def _note_failure(self, number: int, name: str, error: BaseException) -> None:
+        self._failures[number] = name, error
+        if isinstance(error, OSError) and error.errno in _NO_OTHER_CASE_WILL_DO_BETTER:
+            self._full_disk = self._full_disk or error
+
+    def _failure(self) -> FailedCasesError:
+        return FailedCasesError([failure for _, failure in sorted(self._failures.items())], len(self._results))
 
     def _wait_for_room(self, num_bytes: int) -> None:
         while True:
-            unfinished = {future: size for _, size, future in self._exports if not future.done()}
+            self._settle()
             has_room = (
-                len(unfinished) < self._num_workers + _MOST_WAITING_EXPORTS
-                and sum(unfinished.values()) + num_bytes <= self._most_bytes
+                len(self._unfinished) < self._num_workers + _MOST_WAITING_EXPORTS
+                and sum(export.num_bytes for export in self._unfinished) + num_bytes <= self._most_bytes
             )
-            if has_room or not unfinished:
+            if has_room or not self._unfinished:
                 return
-            wait(unfinished, return_when=FIRST_COMPLETED)
-
-    def _require_disk_space(self) -> None:
-        failed = self._failed()
-        for error in failed.values():
-            if isinstance(error, OSError) and error.errno in _NO_OTHER_CASE_WILL_DO_BETTER:
-                raise _failure(failed, len(self._exports)) from error
+            wait([export.future for export in self._unfinished], return_when=FIRST_COMPLETED)
 
 
-def _log_failure(name: str, done: Future) -> None:
+def _report_failure(name: str, done: Future) -> None:
     if not done.cancelled() and (error := done.exception()) is not None:
-        logger.error("case %s failed: %s", name, _describe(error))
+        _report(name, error)
 
 
-def _failure(failed: dict[str, BaseException], total: int) -> RuntimeError:
-    """Return one error for all cases that failed. Programs look for how the message about memory begins."""
-    lines = "; ".join(f"{name}: {_describe(error)}" for name, error in failed.items())
-    missing = f"{len(failed)} of {total} cases could not be predicted: {lines}"
-    if any(isinstance(error, MemoryError) for error in failed.values()):
-        return RuntimeError(
-            f"Segmentation export worker died. The memory did not suffice: use fewer export workers (-nps). {missing}"
-        )
-    return RuntimeError(missing)
-
-
-def _describe(error: BaseException) -> str:
-    if isinstance(error, UnpreparedCaseError):
-        return error.reason
-    return f"{type(error).__name__}: {error}"
+def _report(name: str, error: BaseException) -> None:
+    """Log a failure, and let go of the logits and images that the frames of its traceback hold, maybe on a GPU."""
+    logger.error("case %s failed: %s", Path(name).name, describe_failure(error))
+    chain: list[BaseException | None] = [error]
+    for one in chain:
+        if one is not None:
+            clear_frames(one.__traceback__)
+            chain += [other for other in (one.__cause__, one.__context__) if other not in chain]

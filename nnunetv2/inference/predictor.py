@@ -284,8 +284,8 @@ class nnUNetPredictor:
         A case that cannot be prepared or exported, or whose logits are not finite, does not stop the others.
 
         Raises:
-            RuntimeError: At the end, if cases failed; the message lists them. At once, if a worker process died, the
-                disk is full, or the network fails in any other way.
+            FailedCasesError: At the end, if cases failed; the message lists them.
+            RuntimeError: At once, if a worker process died, the disk is full, or the network fails in any other way.
         """
         options = _if_set(use_cropped_logits_resampling)
         try:
@@ -504,15 +504,15 @@ class nnUNetPredictor:
         """Return the logits of a preprocessed case."""
         data = item["data"]
         data = _load_and_delete(data) if isinstance(data, (str, os.PathLike)) else data
-        logger.info("predicting case %s, shape %s", name, tuple(data.shape[1:]))
+        logger.info("predicting case %s, shape %s", Path(name).name, tuple(data.shape[1:]))
         return self.predict_logits_from_preprocessed_data(data).cpu().detach().numpy()
 
     def _name_of(self, item: Item) -> str | None:
-        """Return what a case is called in messages: the name of its output without ending."""
+        """Return what a case is called: the path of its output without ending."""
         if item["ofile"] is None:
             return None
         ending, reader = self.dataset_json["file_ending"], self.plans_manager.image_reader_writer_class
-        return Path(case_lists.name_outputs(item["ofile"], ending, reader)[0]).name
+        return case_lists.name_outputs(item["ofile"], ending, reader)[0]
 
     def _export_call(self, logits: np.ndarray, item: Item, save_probabilities: bool) -> tuple:
         """Return the function that exports a case and its arguments; it writes files where an output is named."""

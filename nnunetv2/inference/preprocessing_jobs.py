@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from nnunetv2.inference.errors import UnpreparedCaseError
 from nnunetv2.plans.partial_labels import without_raw_values
 from nnunetv2.utilities.plain_text import log_plainly
 
@@ -53,8 +54,8 @@ class FileCase:
 
     @property
     def name(self) -> str:
-        """The name of the case in messages."""
-        return Path(self.output or self.files[0]).name
+        """What the case is called: where it is written to, or else its first image."""
+        return self.output or self.files[0]
 
     @property
     def input_bytes(self) -> int:
@@ -88,8 +89,8 @@ class ArrayCase:
 
     @property
     def name(self) -> str:
-        """The name of the case in messages."""
-        return Path(self.output).name if self.output else f"number {self.number}, shape {np.shape(self.image)}"
+        """What the case is called: where it is written to, or else its number."""
+        return self.output or f"number {self.number}, shape {np.shape(self.image)}"
 
     @property
     def input_bytes(self) -> int:
@@ -108,33 +109,18 @@ class ArrayCase:
             model.configuration_manager,
             model.dataset_json,
         )
-        warn_of_odd_size(self.name, properties, model.plans_manager, model.configuration_manager)
+        warn_of_odd_size(Path(self.name).name, properties, model.plans_manager, model.configuration_manager)
         return _as_item(data, seg if self.previous_stage is not None else None, properties, self.output, model)
 
 
 Case = FileCase | ArrayCase
 
 
-class UnpreparedCaseError(RuntimeError):
-    """A case could not be prepared.
-
-    The iterator that raised this goes on with the next one.
-    """
-
-    def __init__(self, case: str, reason: str) -> None:
-        super().__init__(case, reason)  # both are `args`, so that the error survives the way out of a process
-        self.case = case
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"case {self.case}: {self.reason}"
-
-
 def preprocess_case(case: Case, model: Model, verbose: bool) -> Item:
     """Preprocess a case with the configuration's preprocessor.
 
     Raises:
-        UnpreparedCaseError: Whatever went wrong, with the name of the case.
+        UnpreparedCaseError: Whatever went wrong, and what the case is called.
     """
     try:
         preprocessor = model.configuration_manager.preprocessor_class(verbose=verbose)

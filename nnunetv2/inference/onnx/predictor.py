@@ -98,7 +98,7 @@ class OnnxPredictor:
         """Predict image files; see `nnUNetPredictor.predict_from_files`.
 
         Raises:
-            RuntimeError: Cases failed; the message lists them. The others are there.
+            FailedCasesError: Cases failed; the message lists them. The others are there.
         """
         output = output_folder_or_list_of_truncated_output_files
         self._require_previous_stage(folder_with_segs_from_prev_stage is not None)
@@ -122,7 +122,7 @@ class OnnxPredictor:
             with ExportQueue(num_processes_segmentation_export) as exports:
                 for number, item in enumerate(without_unprepared(items, exports.fail)):
                     name = self._name_of(item) or f"number {number}"
-                    logger.info("predicting case %s, shape %s", name, item["data"].shape[1:])
+                    logger.info("predicting case %s, shape %s", Path(name).name, item["data"].shape[1:])
                     try:
                         logits = self.predict_logits_from_preprocessed_data(item["data"])
                     except NonFiniteLogitsError as error:
@@ -208,7 +208,7 @@ class OnnxPredictor:
         if item["ofile"] is None:
             return None
         reader = self.plans_manager.image_reader_writer_class
-        return Path(name_outputs(item["ofile"], self.dataset_json["file_ending"], reader)[0]).name
+        return name_outputs(item["ofile"], self.dataset_json["file_ending"], reader)[0]
 
     def _require_previous_stage(self, is_given: bool) -> None:
         previous = self.configuration_manager.previous_stage_name
