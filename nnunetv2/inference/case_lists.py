@@ -55,10 +55,14 @@ def find_cases(
     """Return the cases that are to be predicted.
 
     Those are this part's share of a folder's or of listed ones, without the finished. See `list_folder` and
-    `list_cases` for arguments and errors.
+    `list_cases` for arguments and errors. A case without a label map of the previous stage is among them, and fails
+    when it is its turn.
 
     Args:
         overwrite: Whether cases whose results are all there are predicted again.
+
+    Raises:
+        FileNotFoundError: No case has a label map of the previous stage.
     """
     ending = dataset_json["file_ending"]
     cases = list_cases(
@@ -218,17 +222,21 @@ def without_finished(cases: CaseLists, ending: str, reader: type, save_probabili
 
 
 def require_previous_stage(cases: CaseLists) -> None:
-    """Check that the previous stage of every case is there.
+    """Check that the previous stage is there; warn of single cases that it lacks.
 
     Raises:
-        FileNotFoundError: Label maps are missing; the message names some.
+        FileNotFoundError: Not one case has a label map; the message names some.
     """
     missing = [file for file in cases.previous_stage if file is not None and not Path(file).is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(cases.previous_stage)} cases have no prediction of the "
-            f"previous stage: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        )
+    if not missing:
+        return
+    fault = (
+        f"{len(missing)} of {len(cases.previous_stage)} cases have no prediction of the "
+        f"previous stage: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+    )
+    if len(missing) == len(cases.previous_stage):
+        raise FileNotFoundError(fault)
+    logger.warning("%s", fault)
 
 
 def _check_channels(files: Sequence[str], cases: Sequence[Sequence[str]], dataset_json: Mapping[str, Any]) -> None:

@@ -221,8 +221,13 @@ def _predict_folder(args: argparse.Namespace, model_folder: str, *, part_id: int
     predictor = _build_predictor(args)
     predictor.initialize_from_trained_model_folder(model_folder, folds, args.chk)
     previous_stage = predictor.configuration_manager.previous_stage_name
-    if previous_stage is not None and args.prev_stage_predictions is None:
-        args = _with_previous_stage(args, model_folder, previous_stage, folds, part_id=part_id, num_parts=num_parts)
+    if previous_stage is None or args.prev_stage_predictions is not None:
+        _predict_cases(args, predictor, part_id=part_id, num_parts=num_parts)
+    else:
+        _predict_both_stages(args, predictor, model_folder, previous_stage, folds, part_id=part_id, num_parts=num_parts)
+
+
+def _predict_cases(args: argparse.Namespace, predictor: nnUNetPredictor, *, part_id: int, num_parts: int) -> None:
     common = {
         "save_probabilities": args.save_probabilities,
         "overwrite": not args.continue_prediction,
@@ -242,28 +247,30 @@ def _predict_folder(args: argparse.Namespace, model_folder: str, *, part_id: int
     )
 
 
-def _with_previous_stage(
+def _predict_both_stages(
     args: argparse.Namespace,
+    predictor: nnUNetPredictor,
     model_folder: str,
     previous_stage: str,
     folds: list[int | str],
     *,
     part_id: int,
     num_parts: int,
-) -> argparse.Namespace:
-    """Predict the previous stage of a cascade with the model beside it; return options that name the result."""
-    from nnunetv2.inference.previous_stage import previous_stage_model, previous_stage_output
+) -> None:
+    """Predict the previous stage of a cascade with the model beside it, then go on from there."""
+    from nnunetv2.inference.previous_stage import previous_stage_model, previous_stage_output, run_both_stages
 
     model = previous_stage_model(Path(model_folder), previous_stage, folds, args.chk)
     output = str(previous_stage_output(Path(args.o), previous_stage))
     logger.info("a cascade without -prev_stage_predictions: predicting %s into %s first", previous_stage, output)
-    _predict_folder(
-        argparse.Namespace(**{**vars(args), "o": output, "save_probabilities": False}),
-        str(model),
-        part_id=part_id,
-        num_parts=num_parts,
+    first = argparse.Namespace(**{**vars(args), "o": output, "save_probabilities": False})
+    second = argparse.Namespace(**{**vars(args), "prev_stage_predictions": output})
+    run_both_stages(
+        lambda: _predict_folder(first, str(model), part_id=part_id, num_parts=num_parts),
+        lambda: _predict_cases(second, predictor, part_id=part_id, num_parts=num_parts),
+        name_of_first=previous_stage,
+        file_ending=predictor.dataset_json["file_ending"],
     )
-    return argparse.Namespace(**{**vars(args), "prev_stage_predictions": output})
 
 
 def _build_predictor(args: argparse.Namespace) -> nnUNetPredictor:

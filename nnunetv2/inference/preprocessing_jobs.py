@@ -63,7 +63,13 @@ class FileCase:
         return sum(Path(file).stat().st_size for file in self.files if Path(file).is_file())
 
     def preprocess(self, preprocessor: Any, model: Model) -> Item:
-        """Read and preprocess the case."""
+        """Read and preprocess the case.
+
+        Raises:
+            FileNotFoundError: The previous stage has no label map of it.
+        """
+        if self.previous_stage_file is not None and not Path(self.previous_stage_file).is_file():
+            raise FileNotFoundError(f"there is no prediction of the previous stage, {self.previous_stage_file}")
         data, seg, properties = preprocessor.run_case(
             list(self.files),
             self.previous_stage_file,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
+from nnunetv2.inference.errors import FailedCasesError
 from nnunetv2.utilities.file_path_utilities import (
     convert_identifier_to_trainer_plans_config,
     convert_trainer_plans_config_to_identifier,
@@ -46,3 +48,39 @@ def previous_stage_output(output_folder: Path, previous_stage: str) -> Path:
     They stay, so that a run can be continued.
     """
     return output_folder / f"predicted_{previous_stage}"
+
+
+def run_both_stages(
+    first: Callable[[], None], second: Callable[[], None], *, name_of_first: str, file_ending: str
+) -> None:
+    """Run the two stages of a cascade; cases that fail in the first do not keep the others from the second.
+
+    Args:
+        first, second: Predict all cases, and raise a FailedCasesError at the end if some failed.
+        name_of_first: How messages call the first stage.
+        file_ending: That of label maps.
+
+    Raises:
+        FailedCasesError: Cases failed in one of the stages; the message lists them all.
+    """
+    failures: list[tuple[str, BaseException]] = []
+    stopped: set[str] = set()
+    total = 0
+    try:
+        first()
+    except FailedCasesError as error:
+        for output, reason in error.failures:
+            Path(f"{output}{file_ending}").unlink(missing_ok=True)  # of an earlier run, which nothing may go on from
+            failures.append((f"{output} ({name_of_first})", reason))
+            stopped.add(Path(output).name)
+        total = error.total
+    try:
+        second()
+    except FailedCasesError as error:
+        failures += [failure for failure in error.failures if Path(failure[0]).name not in stopped]
+        total = max(total, error.total)
+    except FileNotFoundError:
+        if not stopped:
+            raise  # else not one case has come through the first stage
+    if failures:
+        raise FailedCasesError(failures, total) from failures[0][1]

@@ -118,10 +118,13 @@ def test_finished_cases_are_those_with_all_files(tmp_path):
     assert [files[0][0] for files in without_finished(cases, ".nii.gz", SimpleITKIO, True).images] == ["a", "b", "d"]
 
 
-def test_missing_predictions_of_the_previous_stage_are_named(tmp_path):
+def test_missing_predictions_of_the_previous_stage_are_named(tmp_path, caplog):
     make_folder(tmp_path, "a.nii.gz")
     cases = list_all([["a_0000.nii.gz"], ["b_0000.nii.gz"]], None, previous_stage_folder=tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"1 of 2 cases.*b\.nii\.gz"):
+    require_previous_stage(cases)
+    assert "1 of 2 cases" in caplog.text and "b.nii.gz" in caplog.text
+    (tmp_path / "a.nii.gz").unlink()
+    with pytest.raises(FileNotFoundError, match=r"2 of 2 cases.*b\.nii\.gz"):
         require_previous_stage(cases)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 
@@ -175,6 +176,46 @@ def test_the_previous_stage_of_a_cascade_is_predicted_first(monkeypatch, cascade
     )
     for name in ("a.nii.gz", "b.nii.gz"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "by_hand" / name).read_bytes()
+
+
+def test_a_case_that_fails_in_the_first_stage_spares_the_others(monkeypatch, cascade, write_images, tmp_path, capsys):
+    images, out = write_images(["a", "b", "c"]), tmp_path / "out"
+    options = ("-i", images, "-o", out, "-m", cascade, "-f", 0, "-device", "cpu", "--disable_progress_bar")
+
+    def predict(*more):
+        run(monkeypatch, predict_entry_point_modelfolder, *options, "--disable_tta", "-npp", 0, "-nps", 0, *more)
+
+    good = (images / "b_0000.nii.gz").read_bytes()
+    (images / "b_0000.nii.gz").write_bytes(good[: len(good) // 2])
+    stage_1 = out / "predicted_3d_lowres"
+    stage_1.mkdir(parents=True)
+    (stage_1 / "b.nii.gz").write_bytes(b"of an earlier run, which must not be gone on from")
+    for more in ((), ("--continue_prediction",)):
+        with pytest.raises(SystemExit) as stop:
+            predict(*more)
+        assert stop.value.code == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if " error: " in line]
+        assert f"1 of {1 if more else 3} cases could not be predicted: b (3d_lowres): " in line
+        assert {path.name for path in out.glob("*.nii.gz")} == {"a.nii.gz", "c.nii.gz"}
+        assert {path.name for path in stage_1.glob("*.nii.gz")} == {"a.nii.gz", "c.nii.gz"}
+    (images / "b_0000.nii.gz").write_bytes(good)
+    predict("--continue_prediction")
+    assert {path.name for path in out.glob("*.nii.gz")} == {"a.nii.gz", "b.nii.gz", "c.nii.gz"}
+
+
+def test_a_case_without_a_label_map_of_the_previous_stage_spares_the_others(
+    monkeypatch, cascade, write_images, tmp_path, capsys
+):
+    images, out, stage_1 = write_images(["a", "b"]), tmp_path / "out", tmp_path / "stage_1"
+    stage_1.mkdir()
+    shutil.copy(images / "a_0000.nii.gz", stage_1 / "a.nii.gz")
+    options = ("-i", images, "-o", out, "-m", cascade, "-f", 0, "-device", "cpu", "--disable_progress_bar")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, predict_entry_point_modelfolder, *options, "--disable_tta", "-prev_stage_predictions", stage_1)
+    error = capsys.readouterr().err
+    assert "1 of 2 cases could not be predicted: b: FileNotFoundError: there is no prediction" in error
+    assert str(stage_1 / "b.nii.gz") in error
+    assert {path.name for path in out.glob("*.nii.gz")} == {"a.nii.gz"}
 
 
 def test_without_a_model_of_the_previous_stage_the_way_out_is_told(
