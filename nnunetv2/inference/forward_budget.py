@@ -51,10 +51,13 @@ def budget_for(device: torch.device, num_classes: int) -> ForwardBudget:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the free memory of a CUDA device, or else the machine's."""
+    """Return the memory of a CUDA device that torch can still hand out, or else the machine's free memory."""
     if device.type != "cuda":
         return free_memory_bytes()
-    return torch.cuda.mem_get_info(device)[0]
+    # What torch keeps of earlier cases it uses again, or gives back where it does not fit. If that did not count as
+    # free, the precision of a case would depend on the cases before it.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -147,6 +147,15 @@ def test_the_memory_decides_on_the_precision_of_sums(monkeypatch):
         assert isinstance(allocate_sums(3, (10, 5, 5), 4, CPU), kind)
 
 
+def test_memory_that_torch_keeps_of_earlier_cases_counts_as_free(monkeypatch):
+    total, tensors = 80, 10
+    for reserved in (tensors, 60):  # for the first case, and after a large one
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, kept=reserved: (total - kept, total))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device, kept=reserved: kept)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: tensors)
+        assert forward_budget.free_bytes(torch.device("cuda")) == total - tensors
+
+
 def test_tiles_may_come_in_any_order():
     image = torch.randn(1, 12, 9, 10)
     slicers = compute_tile_slicers(image.shape[1:], (5, 4, 6), 0.5)
