@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
+import torch
 from torch import nn
 
 from nnunetv2.models import networks
@@ -77,7 +79,10 @@ def load_model_folder(
     dataset_json, plans = (
         _read_json(folder / name, required) for name, required in (("dataset.json", DATASET), ("plans.json", PLANS))
     )
-    checkpoints = [load_checkpoint_file(path) for path in _checkpoint_paths(folder, folds, checkpoint_name)]
+    # Only weights are taken into memory: with the states of optimizers five folds would need three times as much.
+    checkpoints = [
+        load_checkpoint_file(path, mmap=is_zipfile(path)) for path in _checkpoint_paths(folder, folds, checkpoint_name)
+    ]
     plans_manager = PlansManager(plans)
     configuration_name = checkpoints[0]["init_args"]["configuration"]
     configuration_manager = plans_manager.get_configuration(configuration_name)
@@ -89,7 +94,7 @@ def load_model_folder(
         network = build_network(trainer_class, plans_manager, configuration_manager, dataset_json)
     except UntrustedNameError as error:
         raise UntrustedNameError(f"{folder / 'plans.json'}: {error}") from error
-    parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
+    parameters = [_take_into_memory_(checkpoint["network_weights"]) for checkpoint in checkpoints]
     try:
         network.load_state_dict(parameters[0])
     except RuntimeError as error:
@@ -108,6 +113,14 @@ def load_model_folder(
         checkpoints[0].get("inference_allowed_mirroring_axes"),
         configuration_name,
     )
+
+
+def _take_into_memory_(weights: Parameters) -> Parameters:
+    """Copy weights out of their file, which others may change; what a state dict knows of its versions stays."""
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor):
+            weights[name] = value.clone()
+    return weights
 
 
 def save_model_description(
