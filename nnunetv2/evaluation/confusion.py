@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+Encode = Callable[[np.ndarray], np.ndarray]
 
 # Voxels per step: the codes of a step stay in the cache, however large the image.
 _STEP_VOXELS = 2**18
@@ -59,8 +61,14 @@ class Confusion:
         return tp, fp, fn, tn
 
 
-def compute_confusion(reference: np.ndarray, prediction: np.ndarray) -> Confusion:
+def compute_confusion(
+    reference: np.ndarray, prediction: np.ndarray, labels: Collection[int] | None = None
+) -> Confusion:
     """Count the pairs of values of two arrays of equal shape.
+
+    Args:
+        labels: All that will be asked for. Other values are counted together, under a number that is none of these, so
+            that no table of all pairs of instances or of intensities is needed. None: every value counts for itself.
 
     Raises:
         ValueError: The shapes differ.
@@ -70,7 +78,7 @@ def compute_confusion(reference: np.ndarray, prediction: np.ndarray) -> Confusio
     if reference.size == 0:
         return Confusion(np.zeros(0), np.zeros((0, 0), dtype=np.int64))
     reference, prediction = reference.reshape(-1), prediction.reshape(-1)
-    values, encode = _choose_code(reference, prediction)
+    values, encode = _choose_code(reference, prediction, labels)
     counts = np.zeros(len(values) ** 2, dtype=np.int64)
     for start in range(0, reference.size, _STEP_VOXELS):
         step = slice(start, start + _STEP_VOXELS)
@@ -79,19 +87,51 @@ def compute_confusion(reference: np.ndarray, prediction: np.ndarray) -> Confusio
     return Confusion(values, counts.reshape(len(values), len(values)))
 
 
-def _choose_code(reference: np.ndarray, prediction: np.ndarray) -> tuple[np.ndarray, Callable]:
-    """Return the values that occur, and what turns an array of them into their numbers."""
-    lowest, highest = min(reference.min(), prediction.min()), max(reference.max(), prediction.max())
-    is_dense = float(highest) - float(lowest) < _DENSE_VALUES and _are_whole(reference) and _are_whole(prediction)
-    if is_dense:
-        offset = int(lowest)
-        return np.arange(offset, int(highest) + 1), lambda array: array.astype(np.intp) - offset
+def _choose_code(
+    reference: np.ndarray, prediction: np.ndarray, labels: Collection[int] | None
+) -> tuple[np.ndarray, Encode]:
+    """Return the values that are told apart, and what turns an array of voxels into their numbers."""
+    possible = _few_whole_values(reference, prediction)
+    if labels is not None:
+        values, encode = _code_of_labels(labels)
+        return values, encode if possible is None else _looked_up(encode, possible)
+    if possible is not None:
+        return possible, lambda array: array.astype(np.intp) - possible[0]
     values = np.union1d(reference, prediction)
     return values, lambda array: np.searchsorted(values, array)
 
 
-def _are_whole(array: np.ndarray) -> bool:
+def _few_whole_values(reference: np.ndarray, prediction: np.ndarray) -> np.ndarray | None:
+    """Return all whole numbers from the lowest value to the highest; None if they are many, or others occur."""
+    lowest, highest = min(reference.min(), prediction.min()), max(reference.max(), prediction.max())
+    if float(highest) - float(lowest) < _DENSE_VALUES and are_whole(reference) and are_whole(prediction):
+        return np.arange(int(lowest), int(highest) + 1)
+    return None
+
+
+def _code_of_labels(labels: Collection[int]) -> tuple[np.ndarray, Encode]:
+    """Tell background and these labels apart.
+
+    Everything else has the number behind theirs, and stands in the table under a value that none of them has.
+    """
+    known = np.unique([0, *labels])
+
+    def encode(array: np.ndarray) -> np.ndarray:
+        places = np.searchsorted(known, array)
+        return np.where(known.take(places, mode="clip") == array, places, len(known))
+
+    return np.append(known, known[-1] + 1), encode
+
+
+def _looked_up(encode: Encode, possible: np.ndarray) -> Encode:
+    """Return a faster code of arrays that have no values but these consecutive ones."""
+    numbers = encode(possible)
+    return lambda array: numbers[array.astype(np.intp) - possible[0]]
+
+
+def are_whole(array: np.ndarray) -> bool:
+    """Tell whether all values are whole numbers, as those of a label map are."""
     if array.dtype.kind in "iub":
         return True
-    steps = (array[start : start + _STEP_VOXELS] for start in range(0, array.size, _STEP_VOXELS))
+    steps = (array.reshape(-1)[start : start + _STEP_VOXELS] for start in range(0, array.size, _STEP_VOXELS))
     return all(np.array_equal(step, np.rint(step)) for step in steps)

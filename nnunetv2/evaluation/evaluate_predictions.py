@@ -6,6 +6,7 @@ Overlap per case and class, and their means in summary.json.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -16,10 +17,11 @@ import numpy as np
 
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.evaluation.case_files import first_reference, list_pairs
-from nnunetv2.evaluation.confusion import compute_confusion
+from nnunetv2.evaluation.confusion import are_whole, compute_confusion
 from nnunetv2.evaluation.summary import (
     LabelOrRegion,
     Results,
+    counted_labels,
     key_to_label_or_region,
     label_or_region_to_key,
     labels_of,
@@ -38,6 +40,8 @@ from nnunetv2.utilities.plain_text import show
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "key_to_label_or_region",
@@ -103,7 +107,11 @@ def compute_metrics(
             f"{prediction_file} has shape {prediction.shape[1:]}, but its reference {reference_file} has "
             f"{reference.shape[1:]}; predictions are compared on the grid of the reference"
         )
-    metrics = score_classes(compute_confusion(reference, prediction), labels_or_regions, ignore_label)
+    for file, labels in ((reference_file, reference), (prediction_file, prediction)):
+        if not are_whole(labels):
+            logger.warning("%s is no label map: it has values that are no whole numbers, and belong to no class", file)
+    confusion = compute_confusion(reference, prediction, counted_labels(labels_or_regions, ignore_label))
+    metrics = score_classes(confusion, labels_or_regions, ignore_label)
     if surface_tolerance_mm is not None:
         surfaces = score_surfaces(
             reference[0], prediction[0], labels_or_regions, properties["spacing"], surface_tolerance_mm, ignore_label

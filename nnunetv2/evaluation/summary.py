@@ -51,6 +51,12 @@ def labels_of(label_or_region: LabelOrRegion) -> tuple[int, ...]:
     return (labels,) if np.ndim(labels) == 0 else tuple(labels)
 
 
+def counted_labels(classes: Iterable[LabelOrRegion], ignore_label: int | None = None) -> set[int]:
+    """Return all labels on which the scores of these classes depend."""
+    ignored = () if ignore_label is None else (ignore_label,)
+    return {label for which in classes for label in labels_of(which)}.union(ignored)
+
+
 def labels_to_list_of_regions(labels: Iterable[int]) -> list[tuple[int, ...]]:
     """Return each label as a region of its own: [1, 2] becomes [(1,), (2,)]."""
     return [(label,) for label in labels]

@@ -5,7 +5,7 @@ Prediction and reference are compressed in memory, and read from disk once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -49,12 +49,19 @@ class CaseState:
 
     prediction: PackedArray
     reference: PackedArray
+    labels: frozenset[int]
+    """Those that are scored, see `compute_confusion`."""
     candidates: PackedArray | None = None
     """Where the entries that were tried last would remove something: number of the entry plus 1, elsewhere 0."""
 
 
-def open_case(prediction_file: str, reference_file: str, reader: BaseReaderWriter) -> tuple[CaseState, Confusion]:
+def open_case(
+    prediction_file: str, reference_file: str, reader: BaseReaderWriter, labels: Collection[int]
+) -> tuple[CaseState, Confusion]:
     """Read a case; return it and how its two label maps agree as a whole.
+
+    Args:
+        labels: Those that are scored.
 
     Raises:
         ValueError: The shapes differ, or the prediction has values that are no whole numbers from 0 to 65535.
@@ -64,10 +71,10 @@ def open_case(prediction_file: str, reference_file: str, reader: BaseReaderWrite
         raise ValueError(
             f"{prediction_file} has shape {prediction.shape}, but its reference {reference_file} has {reference.shape}"
         )
-    labels = _as_labels(prediction, prediction_file)
-    box = bounding_box(labels) or (slice(0, 0),) * labels.ndim
-    state = CaseState(PackedArray.pack(labels[box]), PackedArray.pack(reference[box]))
-    return state, compute_confusion(reference, prediction)
+    predicted = _as_labels(prediction, prediction_file)
+    box = bounding_box(predicted) or (slice(0, 0),) * predicted.ndim
+    state = CaseState(PackedArray.pack(predicted[box]), PackedArray.pack(reference[box]), frozenset(labels))
+    return state, compute_confusion(reference, prediction, labels)
 
 
 def try_entries(
@@ -89,7 +96,7 @@ def try_entries(
     touched = candidates > 0
     numbers, true, predicted = candidates[touched], reference[touched], prediction[touched]
     removals = [
-        compute_confusion(true[mine], predicted[mine])
+        compute_confusion(true[mine], predicted[mine], state.labels)
         for mine in (numbers == number for number in range(1, len(entries) + 1))
     ]
     if accepted:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.evaluation.case_files import list_pairs
 from nnunetv2.evaluation.confusion import Confusion
-from nnunetv2.evaluation.summary import labels_of, plain_class, score_classes, summarize
+from nnunetv2.evaluation.summary import counted_labels, labels_of, plain_class, score_classes, summarize
 from nnunetv2.postprocessing.case_state import CaseState, open_case, try_entries
 from nnunetv2.utilities.map_cases import map_cases
 
@@ -105,7 +105,8 @@ def decide(
     named = label_manager.foreground_regions if label_manager.has_regions else foreground
     classes = [plain_class(entry) for entry in named]
     files = [file for pair in pairs.values() for file in pair]
-    opened = map_cases(partial(open_case, reader=reader), pairs, num_processes, files)
+    labels = counted_labels(classes, label_manager.ignore_label)
+    opened = map_cases(partial(open_case, reader=reader, labels=labels), pairs, num_processes, files)
     states = {name: state for name, (state, _) in opened.items()}
     before = {name: confusion for name, (_, confusion) in opened.items()}
     decision = Decision(folder_predictions, folder_ref, classes, label_manager.ignore_label, before, dict(before))

@@ -98,6 +98,38 @@ def test_counts_equal_those_of_masks(values, dtype):
         assert list(confusion.of_class([label])) == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (np.uint8, (0, 1, 2, 3, 250)),
+        (np.int32, (-1, 0, 1, 3, 4, 250, 100_000)),
+        (np.float32, (0, 1, 2, 3)),
+        (np.float32, (-1, 0, 0.5, 1, 3, 250, math.nan, 100_000)),
+    ],
+)
+def test_values_that_nobody_asks_for_are_counted_together(dtype, values):
+    reference, prediction = np.random.default_rng(0).choice(np.array(values, dtype=dtype), (2, 30, 40, 41))
+    every, wanted = compute_confusion(reference, prediction), compute_confusion(reference, prediction, [1, 3, 250])
+    assert wanted.counts.shape == (5, 5)
+    for region in ([1], [3], [250], [1, 3]):
+        assert wanted.of_class(region) == every.of_class(region)
+        assert wanted.without_reference(3).of_class(region) == every.without_reference(3).of_class(region)
+
+
+def test_maps_of_many_instances_need_little_memory():
+    instances = np.arange(70_000, dtype=np.int32).reshape(1, 7, 100, 100)
+    results = compute_metrics("ref", "pred", FakeReader(ref=instances, pred=instances[:, ::-1]), [1, (2, 3)])
+    assert results["metrics"][1]["n_ref"] == 1 and results["metrics"][2, 3]["n_pred"] == 2
+
+
+def test_an_intensity_image_is_told_from_a_label_map(caplog):
+    intensities = np.random.default_rng(0).normal(size=(1, 20, 30, 40)).astype(np.float32)
+    labels = (intensities > 0).astype(np.uint8)
+    results = compute_metrics("ref", "pred", FakeReader(ref=labels, pred=intensities), [1])
+    assert results["metrics"][1]["Dice"] == 0
+    assert "pred is no label map" in caplog.text and "ref is no label map" not in caplog.text
+
+
 def test_masks_are_counted_outside_of_ignored_voxels():
     reference, prediction = np.array([1, 1, 0, 0, 1], bool), np.array([1, 0, 1, 0, 0], bool)
     assert compute_tp_fp_fn_tn(reference, prediction) == (1, 1, 2, 1)
