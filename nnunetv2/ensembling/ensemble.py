@@ -278,6 +278,6 @@ def _read_json(folder: str, name: str, given: str | os.PathLike[str] | Mapping[s
     if isinstance(given, Mapping):
         return given
     path = Path(folder, name) if given is None else Path(given)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}: it says which labels were predicted, and how files are written")
-    return read_json(path)
+    return read_json(
+        path, if_missing=f"there is no {path}: it says which labels were predicted, and how files are written"
+    )

@@ -77,7 +77,8 @@ def load_model_folder(
     """
     folder = Path(folder)
     dataset_json, plans = (
-        _read_json(folder / name, required) for name, required in (("dataset.json", DATASET), ("plans.json", PLANS))
+        read_json(folder / name, required=required, if_missing=f"{folder} is not a trained model: it has no {name}")
+        for name, required in (("dataset.json", DATASET), ("plans.json", PLANS))
     )
     # Only weights are taken into memory: with the states of optimizers five folds would need three times as much.
     checkpoints = [
@@ -213,9 +214,3 @@ def _checkpoint_paths(folder: Path, folds: Iterable[int | str] | int | str | Non
 def _describe_folds(folder: Path, checkpoint_name: str) -> str:
     names = sorted(path.parent.name for path in folder.glob(f"fold_*/{checkpoint_name}"))
     return ", ".join(name.removeprefix("fold_") for name in names) or "none"
-
-
-def _read_json(path: Path, required: Mapping[str, type]) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is not a trained model: it has no {path.name}")
-    return read_json(path, required=required)

@@ -40,20 +40,22 @@ def read_json(
     *,
     required: Mapping[str, type] = MappingProxyType({}),
     refuse_duplicates: bool = False,
+    if_missing: str | None = None,
 ) -> Any:
-    """Return the content of a JSON file in UTF-8.
-
-    With or without a byte order mark.
+    """Return the content of a JSON file in UTF-8, with or without a byte order mark.
 
     Args:
         kind: The type of the whole content.
         required: Keys that it must have, and the types of their values.
         refuse_duplicates: Refuse keys that occur twice in the same braces, of which a parser keeps the last only.
+        if_missing: What to say if there is no such file, best with a remedy. Default: that there is none.
 
     Raises:
         JsonFileError: It is no valid JSON, of another type, or lacks a key.
         OSError: It cannot be read.
     """
+    if if_missing is not None and not Path(file).is_file():
+        raise FileNotFoundError(if_missing)
     data = Path(file).read_bytes()
     if not data.strip():
         raise JsonFileError(

@@ -81,7 +81,7 @@ def test_label_of_another_shape_is_refused_with_both_shapes():
 def test_nan_is_refused(where):
     arrays = {"image": np.ones((4, 5, 6)), "label": np.ones((4, 5, 6))}
     arrays[where][1, 1, 1] = np.nan
-    with pytest.raises(ValueError, match=f"the {where} contains NaN"):
+    with pytest.raises(ValueError, match=f"channel 0 of the {where} has 1 voxels that are NaN"):
         sample_case([arrays["image"]], arrays["label"], ArrayReader, 10)
 
 

@@ -226,7 +226,9 @@ def test_voxels_that_are_no_numbers_are_refused_with_case_and_file(roots, value,
     data[0, 5, 6, 7] = value
     file = roots["nnUNet_raw"] / NAME / "imagesTr" / "case_1_0000.nrrd"
     write_image(data[0], file)
-    with pytest.raises(CaseFailedError, match=rf"case case_1: .*{file.name}: channel 0 has 1 voxels that are NaN"):
+    with pytest.raises(
+        CaseFailedError, match=rf"case case_1: .*{file.name}: channel 0 of the image has 1 voxels that are NaN"
+    ):
         run(num_processes)
     assert not list(folder.glob("case_1*"))
 

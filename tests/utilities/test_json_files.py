@@ -17,6 +17,13 @@ def test_what_editors_save_is_read(tmp_path, content):
     assert read_json(tmp_path / "plans.json") == {"a": 1}
 
 
+def test_what_is_missing_is_told_with_a_remedy(tmp_path):
+    with pytest.raises(FileNotFoundError, match="^plan the dataset first$"):
+        read_json(tmp_path / "plans.json", if_missing="plan the dataset first")
+    with pytest.raises(FileNotFoundError, match=r"plans\.json"):
+        read_json(tmp_path / "plans.json")
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

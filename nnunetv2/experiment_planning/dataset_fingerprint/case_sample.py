@@ -1,6 +1,4 @@
-"""Read a training case for the fingerprint: geometry, and a sample of intensities.
-
-Those of the foreground.
+"""Read a training case for the fingerprint: geometry, and a sample of the foreground's intensities.
 
 A case is sampled with replacement, often far more draws than it has foreground voxels. So a sample is held as the
 values that were drawn and how often each was, never as the list of draws.
@@ -12,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from nnunetv2.preprocessing.finite_values import require_finite
 
 WeightedValues = tuple[np.ndarray, np.ndarray]
 """Values (float32) and how often each was drawn (int64)."""
@@ -64,7 +64,8 @@ def sample_case(
     )
     if num_channels is not None and len(images) != num_channels:
         raise ValueError(f"the image has {len(images)} channel(s), dataset.json names {num_channels}")
-    raise_unless_finite(images, segmentation)
+    require_finite(images)
+    require_finite(segmentation, "label")
     intensities = draw_foreground(segmentation, images, num_samples=num_samples)
     return CaseSample(tuple(images.shape[1:]), tuple(map(_as_number, spacing)), relative_size, intensities)
 
@@ -90,17 +91,6 @@ def read_cropped_case(
     cropped, cropped_segmentation, _ = crop_to_nonzero(images, segmentation)
     relative_size = float(np.prod(cropped.shape[1:]) / np.prod(images.shape[1:]))
     return cropped, cropped_segmentation, properties["spacing"], relative_size
-
-
-def raise_unless_finite(images: np.ndarray, segmentation: np.ndarray) -> None:
-    """Refuse NaN and infinite values, which would spoil every statistic."""
-    for name, array in (("image", images), ("label", segmentation)):
-        number = sum(plane.size - np.count_nonzero(np.isfinite(plane)) for channel in array for plane in channel)
-        if number:
-            raise ValueError(
-                f"the {name} contains NaN or infinite values in {number} voxel(s); replace them by a "
-                "number, for instance by the value of the background"
-            )
 
 
 def draw_foreground(

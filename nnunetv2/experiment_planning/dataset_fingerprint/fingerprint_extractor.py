@@ -11,7 +11,6 @@ import numpy as np
 from nnunetv2.experiment_planning.dataset_fingerprint.case_sample import (
     SEED,
     CaseSample,
-    raise_unless_finite,
     read_cropped_case,
     sample_case,
 )
@@ -19,6 +18,7 @@ from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint import compute
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessed_data.bad_cases import list_training_cases
 from nnunetv2.preprocessed_data.fingerprint_files import FINGERPRINT_FILE, count_cases
+from nnunetv2.preprocessing.finite_values import require_finite
 from nnunetv2.utilities.atomic_write import save_json_atomically
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_files import read_json
@@ -149,7 +149,8 @@ class DatasetFingerprintExtractor:
         images, segmentation, spacing, relative_size = read_cropped_case(
             image_files, segmentation_file, reader_writer_class
         )
-        raise_unless_finite(images, segmentation)
+        require_finite(images)
+        require_finite(segmentation, "label")
         drawn, statistics = DatasetFingerprintExtractor.collect_foreground_intensities(
             segmentation, images, num_samples=num_samples
         )

@@ -13,6 +13,7 @@ from nnunetv2.errors import InvalidInputError
 from nnunetv2.plans.partial_labels import common_numbers, renumber
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
 from nnunetv2.preprocessing.finished_cases import FinishedCases
+from nnunetv2.preprocessing.finite_values import require_finite
 from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
 from nnunetv2.preprocessing.odd_sizes import describe_grids, require_memory, warn_of_odd_size
 from nnunetv2.preprocessing.preprocessors.dataset_run import DatasetRun, digest_ingredients, find_run, read_if_path
@@ -73,7 +74,7 @@ class DefaultPreprocessor:
         if has_seg and _takes_small_integers(configuration_manager.resampling_fn_seg):
             seg = as_small_integers(seg)
         data, seg, spacing = self._crop(data, seg, properties, plans_manager.transpose_forward)
-        _require_finite(data)
+        require_finite(data)
         old_shape = data.shape[1:]
         wanted = list(configuration_manager.spacing)
         wanted = spacing[: len(spacing) - len(wanted)] + wanted  # 2d: slices stay as far apart as they are
@@ -358,14 +359,3 @@ def _choose_num_processes(run: DatasetRun, num_cases: int) -> int:
 def _takes_small_integers(resampling_function: Callable) -> bool:
     """Tell whether labels may come as int8. Functions of users expect the float32 that readers return."""
     return getattr(getattr(resampling_function, "func", None), "__module__", None) in _OUR_RESAMPLING
-
-
-def _require_finite(data: np.ndarray) -> None:
-    for channel, voxels in enumerate(data):
-        number = voxels.size - np.count_nonzero(np.isfinite(voxels))
-        if number:
-            raise InvalidInputError(
-                f"channel {channel} has {number} voxels that are NaN or infinite, which no "
-                "network can learn from or predict on; replace them, for instance by the value "
-                "of the background"
-            )
