@@ -120,7 +120,7 @@ def ensemble_folders(
 ) -> None:
     """Ensemble the predictions of several models for the same images.
 
-    Writes one label map per case, and dataset.json and plans.json so that the folder can be postprocessed.
+    There will be one label map per case, and dataset.json and plans.json so that the folder can be postprocessed.
 
     Args:
         list_of_input_folders: Folders with `.npz` and `.pkl` files (`nnUNetv2_predict --save_probabilities`).
@@ -151,7 +151,7 @@ def ensemble_crossvalidations(
 ) -> None:
     """Ensemble what several models predicted for their validation cases. Their splits may differ.
 
-    Writes one label map per case, plans.json and dataset.json of the first model.
+    There will be one label map per case, plans.json and dataset.json of the first model.
 
     Args:
         folds: Of which each model needs validation predictions with probabilities.

@@ -1,6 +1,6 @@
 """Score predicted label maps against references.
 
-Overlap per case and class, and their means in summary.json.
+Overlaps per case and class and their means go into summary.json.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def _recommend_presets() -> None:
 def find_planning_class(name: str) -> type:
     """Find a fingerprint extractor or planner by name.
 
-    Ours, or one that a user has put below experiment_planning.
+    It is one of ours, or one that a user has put below experiment_planning.
 
     Raises:
         RuntimeError: There is no class of that name.
@@ -381,7 +381,7 @@ def _one_per_configuration(num_processes: ProcessCounts, configurations: Sequenc
 def count_for(preprocessor: object, configuration: str) -> int | None:
     """Return the number of processes to tell a preprocessor.
 
-    None if it chooses for itself, a number if it has a `run` of its own.
+    It is None if the preprocessor chooses for itself, a number if it has a `run` of its own.
     """
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
@@ -409,7 +409,7 @@ def _warn_if_dataset_json_changed(dataset_name: str) -> None:
 def print_summary(dataset_id: int | str, plans_identifier: str, *, trainer: str | None = None) -> None:
     """Print the configurations of a dataset's plans.
 
-    Also what preprocessing has made of them so far, and how to go on.
+    Beside them stands what preprocessing has made of them so far, and at the end how to go on.
     """
     from nnunetv2.experiment_planning.summary import summarise
     from nnunetv2.plans.plans_manager import PlansManager

@@ -51,7 +51,7 @@ def budget_for(device: torch.device, num_classes: int) -> ForwardBudget:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Return the memory of a CUDA device that torch can still hand out, or else the machine's free memory."""
+    """Return the memory that torch can still give on a CUDA device, or the machine's."""
     if device.type != "cuda":
         return free_memory_bytes()
     # What torch keeps of earlier cases it uses again, or gives back where it does not fit. If that did not count as

@@ -96,7 +96,7 @@ def _is_resampling_on_torch(function: Callable) -> bool:
 def follows_default_rules(label_manager: LabelManager) -> bool:
     """Tell whether a voxel's label depends on its own logits alone.
 
-    As with LabelManager.
+    It does with the rules of LabelManager, which a subclass may replace.
     """
     rules = (
         "apply_inference_nonlin",

@@ -1,6 +1,6 @@
 """Predict cases from raw images.
 
-The two commands, and every name that scripts import from this module.
+Here are the two commands, and every name that scripts import from this module.
 
 The predictor itself lives in `predictor.py`, which needs torch. Its names are looked up here when first asked for, so
 that `nnUNetv2_predict -h` answers at once. Programs replace names of this module (for instance `nnUNetPredictor` or

@@ -426,7 +426,7 @@ class nnUNetPredictor:
     def predict_logits_from_preprocessed_data(self, data: torch.Tensor) -> torch.Tensor:
         """Return the logits of a case averaged over all folds.
 
-        float16 `(classes, *spatial)` in main memory.
+        They are float16 `(classes, *spatial)` in main memory.
 
         Args:
             data: `(c, *spatial)`, preprocessed, in cascades with the previous stage stacked below.
@@ -452,7 +452,7 @@ class nnUNetPredictor:
     def predict_sliding_window_return_logits(self, input_image: torch.Tensor) -> torch.Tensor:
         """Return the logits of an image `(c, x, y, z)` for the present weights.
 
-        float16, same shape.
+        They are float16 `(classes, x, y, z)`.
 
         Raises:
             ValueError: The image does not have four axes.

@@ -1,6 +1,4 @@
-"""Preprocess cases ahead of the network, and hand them out in order.
-
-In threads or processes.
+"""Preprocess cases ahead of the network, in threads or processes, and keep their order.
 
 A case leaves here as a dict: `data` (float32 `(c, *spatial)`, in cascades with the one-hot previous stage stacked
 below the image's channels), `data_properties` and `ofile` (output path without ending, or None).
@@ -54,7 +52,7 @@ class FileCase:
 
     @property
     def name(self) -> str:
-        """What the case is called: where it is written to, or else its first image."""
+        """The path that the case is written to, or else its first image."""
         return self.output or self.files[0]
 
     @property
@@ -84,7 +82,7 @@ class FileCase:
 class ArrayCase:
     """A case in memory: an image `(c, *spatial)` and its properties.
 
-    Only `spacing` is needed of these.
+    Of these only `spacing` is needed.
     """
 
     image: np.ndarray
@@ -95,7 +93,7 @@ class ArrayCase:
 
     @property
     def name(self) -> str:
-        """What the case is called: where it is written to, or else its number."""
+        """The path that the case is written to, or else its number."""
         return self.output or f"number {self.number}, shape {np.shape(self.image)}"
 
     @property

@@ -53,7 +53,9 @@ def previous_stage_output(output_folder: Path, previous_stage: str) -> Path:
 def run_both_stages(
     first: Callable[[], None], second: Callable[[], None], *, name_of_first: str, file_ending: str
 ) -> None:
-    """Run the two stages of a cascade; cases that fail in the first do not keep the others from the second.
+    """Run the two stages of a cascade.
+
+    Cases that fail in the first do not keep the others from the second.
 
     Args:
         first, second: Predict all cases, and raise a FailedCasesError at the end if some failed.

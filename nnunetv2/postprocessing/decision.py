@@ -1,6 +1,6 @@
 """Decide for which classes to keep the largest component only.
 
-From counts of voxels per case.
+Counts of voxels per case decide it.
 """
 
 from __future__ import annotations

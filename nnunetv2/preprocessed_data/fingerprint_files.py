@@ -1,6 +1,6 @@
 """Name the files of a dataset's fingerprint.
 
-Its own, and beside it the pooled one of a federation.
+A dataset has its own, and in a federation the pooled one beside it.
 """
 
 from __future__ import annotations

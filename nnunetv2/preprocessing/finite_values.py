@@ -8,7 +8,9 @@ from nnunetv2.errors import InvalidInputError
 
 
 def require_finite(array: np.ndarray, what: str = "image") -> None:
-    """Check that all voxels of an array `(c, *spatial)` are finite: one that is not spoils statistics and networks.
+    """Check that all voxels of an array `(c, *spatial)` are finite.
+
+    A single one that is not spoils statistics and networks.
 
     Args:
         what: How the message calls the array.

@@ -42,7 +42,9 @@ def read_json(
     refuse_duplicates: bool = False,
     if_missing: str | None = None,
 ) -> Any:
-    """Return the content of a JSON file in UTF-8, with or without a byte order mark.
+    """Return the content of a JSON file in UTF-8.
+
+    A byte order mark at its beginning is allowed.
 
     Args:
         kind: The type of the whole content.

@@ -131,9 +131,7 @@ class DefaultPreprocessor:
         configuration_manager: ConfigurationManager,
         dataset_json: dict | str,
     ) -> tuple[np.ndarray, np.ndarray, dict]:
-        """Read a case with the plans' reader, then preprocess it.
-
-        As `run_case_npy` does.
+        """Read a case with the plans' reader, then preprocess it as `run_case_npy` does.
 
         Args:
             image_files: One per channel, in the order of the channels.
