@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -358,12 +357,11 @@ def copy_labels(dataset_name: str, reader: BaseReaderWriter | None = None) -> No
 def copy_patients(dataset_name: str) -> None:
     """Copy the file that names the patient of each case, if the dataset has one."""
     from nnunetv2.preprocessed_data.patients_file import PATIENTS_FILE
-    from nnunetv2.utilities.atomic_write import replacing
+    from nnunetv2.utilities.atomic_write import copy_atomically
 
     source = Path(nnUNet_raw) / dataset_name / PATIENTS_FILE
     if source.is_file():
-        with replacing(Path(nnUNet_preprocessed) / dataset_name / PATIENTS_FILE) as written:
-            shutil.copyfile(source, written)
+        copy_atomically(source, Path(nnUNet_preprocessed) / dataset_name / PATIENTS_FILE)
 
 
 def _one_per_configuration(num_processes: ProcessCounts, configurations: Sequence[str]) -> list[int | None]:

@@ -10,14 +10,13 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2.errors import InvalidInputError
 from nnunetv2.plans.partial_labels import renumber
-from nnunetv2.utilities.atomic_write import replacing
+from nnunetv2.utilities.atomic_write import copy_atomically, replacing
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -49,8 +48,7 @@ def copy_references(labels: dict[str, str], target: Path, file_ending: str, read
         if any(copy.is_file() and not filecmp.cmp(source, copy, shallow=False) for source, copy in outdated):
             replaced.append(case)
         for source, copy in outdated:
-            with replacing(copy) as written:
-                shutil.copy2(source, written)
+            copy_atomically(source, copy, keep_time=True)
     if replaced:
         logger.warning(
             "%s: the copies of %d labels were replaced, because the labels were changed: %s%s",
@@ -105,7 +103,7 @@ def _time_of(source: Path, numbers: Mapping[int, int]) -> int:
 def is_up_to_date(source: Path, copy: Path) -> bool:
     """Tell whether a copy holds what its original holds, or was edited later.
 
-    Copies are made by `shutil.copy2`.
+    Copies have the time of modification of their original.
 
     Times of modification can be set by anybody: archives, rsync and restored backups bring files with older ones. The
     time of any change (ctime) cannot, except on Windows, where it is that of creation.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from torch import nn
 from nnunetv2.models import networks
 from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager, determine_num_input_channels
-from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
+from nnunetv2.utilities.atomic_write import copy_atomically, save_json_atomically
 from nnunetv2.utilities.json_files import DATASET, PLANS, read_json
 from nnunetv2.utilities.trusted_names import UntrustedNameError
 
@@ -138,8 +137,7 @@ def save_model_description(
     base = Path(folder)
     save_json_atomically(plans, base / "plans.json", sort_keys=False)
     save_json_atomically(dataset_json, base / "dataset.json", sort_keys=False)
-    with replacing(base / fingerprint.name) as written:
-        shutil.copy(fingerprint, written)
+    copy_atomically(fingerprint, base / fingerprint.name)
 
 
 def build_network(

@@ -65,6 +65,21 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def copy_atomically(source: str | os.PathLike[str], path: str | os.PathLike[str], *, keep_time: bool = False) -> None:
+    """Copy the content of a file.
+
+    The copy has the permissions of any new file: raw data are often read-only, and a copy must be replaceable.
+
+    Args:
+        keep_time: Give the copy the time of modification of its original.
+    """
+    with replacing(path) as written:
+        shutil.copyfile(source, written)
+        if keep_time:
+            about = Path(source).stat()
+            os.utime(written, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
 def remove_leftovers(folder: str | os.PathLike[str], older_than_s: float = 3600) -> None:
     """Remove scratch folders of `replacing` that killed processes have left.
 
@@ -104,10 +119,11 @@ def flush_to_disk(path: Path) -> None:
 
     Without this a power failure after a rename can leave a complete name with empty content.
     """
-    is_folder = path.is_dir()
-    if is_folder and os.name == "nt":
+    is_windows = os.name == "nt"
+    if is_windows and path.is_dir():
         return  # Windows keeps folders durable on its own, and does not open them
-    descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # it flushes no file that is open for reading
+    # Windows flushes no file that is open for reading only; elsewhere the file may be one that nobody may write to.
+    descriptor = os.open(path, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

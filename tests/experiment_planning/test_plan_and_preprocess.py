@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from privileges import privileges_dropped
 
 from nnunetv2.experiment_planning import plan_and_preprocess_api as api
 from nnunetv2.experiment_planning import plan_and_preprocess_entrypoints as entrypoints
@@ -14,6 +15,7 @@ from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_en
     nnUNetPlannerResEncM,
 )
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+from nnunetv2.models.model_folder import save_model_description
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 
 COMMANDS = {
@@ -72,6 +74,29 @@ def test_labels_are_copied_when_newer(folder, roots, caplog):
     api.copy_labels(folder.name)
     assert copy.stat().st_mtime == pytest.approx(source.stat().st_mtime)
     assert "replaced" not in caplog.text  # it says the same as before
+
+
+@pytest.mark.slow
+def test_read_only_raw_data_are_prepared_and_prepared_again(folder, roots, tmp_path):
+    patients, splits = folder / "patients.json", folder / "splits_final.json"
+    patients.write_text(json.dumps({f"case_{i}": f"patient_{i}" for i in range(3)}))
+    splits.write_text(json.dumps([{"train": ["case_0", "case_1"], "val": ["case_2"]}]))
+    for file in folder.rglob("*.*"):
+        file.chmod(0o444)
+    preprocessed = roots["nnUNet_preprocessed"] / folder.name
+    (tmp_path / "model").mkdir()
+    api.extract_fingerprint_dataset(2, num_processes=1, show_progress_bar=False)
+    (preprocessed / "dataset_fingerprint.json").chmod(0o444)
+    with privileges_dropped():
+        for _ in range(2):
+            api.plan_experiment_dataset(2)
+            api.preprocess_dataset(2, configurations=("2d",), num_processes=(1,), show_progress_bar=False)
+            save_model_description(str(tmp_path / "model"), {}, {}, str(preprocessed))
+            for file in (folder / "labelsTr").iterdir():
+                os.utime(file)  # so that it is copied again
+    for name in ("dataset.json", "splits_final.json", "patients.json", "gt_segmentations/case_1.nii.gz"):
+        assert (preprocessed / name).stat().st_mode & 0o200, name
+    assert (tmp_path / "model" / "dataset_fingerprint.json").stat().st_mode & 0o200
 
 
 def wait_for_the_clock(folder):

@@ -5,8 +5,15 @@ import os
 import time
 
 import pytest
+from privileges import privileges_dropped
 
-from nnunetv2.utilities.atomic_write import remove_leftovers, replacing, save_json_atomically
+from nnunetv2.utilities.atomic_write import (
+    copy_atomically,
+    flush_to_disk,
+    remove_leftovers,
+    replacing,
+    save_json_atomically,
+)
 
 
 def names_in(folder):
@@ -63,6 +70,25 @@ def test_permissions_are_those_of_any_new_file(tmp_path):
     (tmp_path / "plain").write_text("")
     save_json_atomically({}, tmp_path / "a.json")
     assert (tmp_path / "a.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_copies_of_read_only_files_can_be_replaced(tmp_path, keep_time):
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    source.write_text("voxels")
+    os.utime(source, (1_600_000_000,) * 2)
+    source.chmod(0o444)
+    with privileges_dropped():
+        for _ in range(2):
+            copy_atomically(source, copy, keep_time=keep_time)
+    assert copy.read_text() == "voxels" and copy.stat().st_mode & 0o200
+    assert (copy.stat().st_mtime == 1_600_000_000) == keep_time
+
+
+def test_a_file_that_nobody_may_write_to_is_flushed(tmp_path):
+    (tmp_path / "file").touch(mode=0o444)
+    with privileges_dropped():
+        flush_to_disk(tmp_path / "file")
 
 
 def test_json_layout(tmp_path):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ from nnunetv2.experiment_planning.experiment_planners.splits import adopt_splits
 from nnunetv2.experiment_planning.experiment_planners.vram_proxy import PLAIN_UNET, count_feature_map_values
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
 from nnunetv2.preprocessed_data.bad_cases import list_training_cases
-from nnunetv2.utilities.atomic_write import save_json_atomically
+from nnunetv2.utilities.atomic_write import copy_atomically, save_json_atomically
 from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.json_export import recursive_fix_for_json_export
 from nnunetv2.utilities.json_files import read_json
@@ -337,7 +336,7 @@ class ExperimentPlanner:
         preprocessed.mkdir(parents=True, exist_ok=True)
         raw_file = Path(self.raw_dataset_folder) / "dataset.json"
         if read_json(raw_file) == self.dataset_json:
-            shutil.copy(raw_file, preprocessed / "dataset.json")
+            copy_atomically(raw_file, preprocessed / "dataset.json")
         else:  # with the classes of all sites of a federation
             save_json_atomically(self.dataset_json, preprocessed / "dataset.json", sort_keys=False)
         plans = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from nnunetv2.errors import InvalidInputError
+from nnunetv2.utilities.atomic_write import copy_atomically
 from nnunetv2.utilities.crossval_split import read_splits
 
 SPLITS_FILE = "splits_final.json"
@@ -25,7 +25,7 @@ def adopt_splits(raw_folder: Path, preprocessed_folder: Path) -> None:
         return
     if not target.is_file():
         preprocessed_folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, target)
+        copy_atomically(source, target)
         return
     wanted, present = (read_splits(file) for file in (source, target))
     for fold, split in enumerate(wanted):

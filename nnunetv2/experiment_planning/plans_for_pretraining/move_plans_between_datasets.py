@@ -6,7 +6,6 @@ A network trained on the one can then be fine-tuned on the other.
 from __future__ import annotations
 
 import logging
-import shutil
 from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,7 +38,7 @@ def move_plans_between_datasets(
     """
     from nnunetv2.errors import InvalidInputError
     from nnunetv2.paths import nnUNet_preprocessed, nnUNet_raw
-    from nnunetv2.utilities.atomic_write import save_json_atomically
+    from nnunetv2.utilities.atomic_write import copy_atomically, save_json_atomically
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 
     source = maybe_convert_to_dataset_name(source_dataset_name_or_id)
@@ -68,7 +67,7 @@ def move_plans_between_datasets(
     plans["image_reader_writer"] = _determine_reader(raw_folder, dataset_json)
     target_folder.mkdir(parents=True, exist_ok=True)
     if not (target_folder / "dataset.json").is_file():  # preprocessing goes by it; planning would have copied it
-        shutil.copy(raw_folder / "dataset.json", target_folder / "dataset.json")
+        copy_atomically(raw_folder / "dataset.json", target_folder / "dataset.json")
     save_json_atomically(plans, target_folder / f"{target_plans_identifier}.json", sort_keys=False)
 
 
