@@ -12,10 +12,11 @@ from __future__ import annotations
 import _codecs
 import collections
 import logging
+import math
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 ALLOW_UNSAFE_VARIABLE = "nnUNet_allow_unsafe_checkpoints"
 
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+
+_BYTES_OF_ZIP_END = (1 << 16) + 22
+"""The directory of a zip archive is found from within that many bytes at its end."""
 
 _NUMPY_DTYPES = (
     "bool",
@@ -89,6 +93,7 @@ def load_checkpoint_file(
 
     Raises:
         FileNotFoundError: There is no such file.
+        OSError: It cannot be read, which tells nothing about its content.
         DamagedCheckpointError: It is truncated or no checkpoint.
         UntrustedCheckpointError: It holds more than tensors, numbers, text and containers. Set the environment
             variable nnUNet_allow_unsafe_checkpoints=1 to load it all the same, if you trust its origin. A TorchScript
@@ -98,9 +103,8 @@ def load_checkpoint_file(
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     options: dict[str, Any] = {"map_location": map_location, "mmap": mmap or None}
-    if _allows_unsafe_checkpoints():
-        return torch.load(path, weights_only=False, **options)
-    if not zipfile.is_zipfile(path):
+    is_trusted = _allows_unsafe_checkpoints()
+    if not _is_complete_zip(path):
         raise DamagedCheckpointError(
             f"{path} is damaged or no checkpoint: it is no complete zip archive ({path.stat().st_size} bytes)"
         )
@@ -110,8 +114,11 @@ def load_checkpoint_file(
             "a dict that torch.save has written"
         )
     try:
-        checkpoint = _load_allow_listed(path, options)
+        load = _load_trusted if is_trusted else _load_allow_listed
+        checkpoint = load(path, options)
     except pickle.UnpicklingError as error:
+        if is_trusted:
+            raise DamagedCheckpointError(f"{path} is damaged: {_first_line(error)}") from error
         raise UntrustedCheckpointError(
             f"{path} holds more than tensors, numbers, text and containers, and rebuilding the rest would run code "
             f"from the file: {_first_line(error)} If you trust its origin, set the environment variable "
@@ -124,21 +131,60 @@ def load_checkpoint_file(
     return checkpoint
 
 
-def rank_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """Return the readable checkpoints of a fold, the one to go on from first.
+def find_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """Return the checkpoints that lie in a fold, whatever their state: final, latest, best."""
+    return [path for name in (FINAL, LATEST, BEST) if (path := Path(folder) / name).is_file()]
+
+
+def rank_checkpoints(folder: str | os.PathLike[str], report: Callable[[str], object] = logger.warning) -> list[Path]:
+    """Return the checkpoints with which the latest training of a fold can go on, the best one for that first.
 
     That is the one with most epochs behind it; of equals final comes before latest before best. Files that turn out to
-    be damaged are passed over with a warning.
+    be damaged are passed over, as are those of a training that was begun earlier: whoever starts anew in the folder of
+    a finished training keeps its checkpoint_final until there is a new one.
+
+    Args:
+        report: Takes a line about each file that is passed over.
+
+    Raises:
+        OSError: A file cannot be read. It may be the very one to go on with.
+        UntrustedCheckpointError: As `load_checkpoint_file`.
     """
-    epochs = {}
-    for name in (FINAL, LATEST, BEST):
-        path = Path(folder) / name
-        if path.is_file():
-            try:
-                epochs[path] = int(load_checkpoint_file(path, mmap=True)["current_epoch"])
-            except (DamagedCheckpointError, KeyError) as error:
-                logger.warning("passing over an unusable checkpoint: %s", error)
-    return sorted(epochs, key=lambda path: -epochs[path])  # a stable sort
+    epochs, began = {}, {}
+    for path in find_checkpoints(folder):
+        try:
+            checkpoint = load_checkpoint_file(path, mmap=True)
+            epochs[path], began[path] = int(checkpoint["current_epoch"]), _beginning_of(checkpoint)
+        except DamagedCheckpointError as error:
+            report(f"passing over an unusable checkpoint: {error}")
+        except KeyError as error:
+            report(f"passing over an unusable checkpoint: {path} has no {error}")
+    latest = max(began.values(), default=-math.inf)
+    for path in epochs:
+        if began[path] < latest:
+            report(
+                f"passing over {path.name}, after {epochs[path]} epochs of a training that was begun before the latest "
+                "one of this fold"
+            )
+    # A stable sort.
+    return sorted((path for path in epochs if began[path] == latest), key=lambda path: -epochs[path])
+
+
+def _beginning_of(checkpoint: Mapping[str, Any]) -> float:
+    """Return when the first epoch of a training began, in seconds, which tells it from others in the same folder.
+
+    Every checkpoint says so, also one of the reference; `--c` keeps it. -inf, if it does not.
+    """
+    moments = checkpoint.get("logging", {}).get("epoch_start_timestamps")
+    return float(moments[0]) if moments else -math.inf
+
+
+def _is_complete_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        # zipfile takes errors in reading for another kind of file, so it is to find none.
+        file.seek(max(0, path.stat().st_size - _BYTES_OF_ZIP_END))
+        file.read()
+        return zipfile.is_zipfile(file)
 
 
 def _is_torchscript(path: Path) -> bool:
@@ -148,6 +194,10 @@ def _is_torchscript(path: Path) -> bool:
             return any(name.rpartition("/")[2] == "constants.pkl" for name in archive.namelist())
     except zipfile.BadZipFile:
         return False
+
+
+def _load_trusted(path: Path, options: dict[str, Any]) -> object:
+    return torch.load(path, weights_only=False, **options)
 
 
 def _load_allow_listed(path: Path, options: dict[str, Any]) -> object:

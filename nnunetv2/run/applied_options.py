@@ -165,7 +165,7 @@ def _take_over_(trainer: nnUNetTrainer, options: TrainingOptions) -> TrainingOpt
     """Return the options with which a training goes on; the trainer has those of its checkpoint then."""
     from nnunetv2.models.checkpoint_file import load_checkpoint_file, rank_checkpoints
 
-    paths = rank_checkpoints(trainer.output_folder)
+    paths = rank_checkpoints(trainer.output_folder, report=lambda line: None)  # told when the training is loaded
     if not paths:
         return options
     checkpoint = load_checkpoint_file(paths[0], mmap=True)

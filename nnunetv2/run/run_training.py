@@ -588,17 +588,31 @@ def _run(
 
 
 def _load_most_advanced_checkpoint(trainer: nnUNetTrainer) -> None:
-    from nnunetv2.models.checkpoint_file import DamagedCheckpointError, rank_checkpoints
+    """Load the checkpoint with most epochs of the latest training; where there is none at all, start anew.
 
-    for path in rank_checkpoints(trainer.output_folder):
+    Raises:
+        DamagedCheckpointError: There are checkpoints, but none can be used. The training would replace them.
+    """
+    from nnunetv2.models.checkpoint_file import DamagedCheckpointError, find_checkpoints, rank_checkpoints
+
+    def warn(line: str) -> None:
+        trainer.print_to_log_file(f"WARNING: {line}")
+
+    for path in rank_checkpoints(trainer.output_folder, warn):
         try:
             trainer.load_checkpoint(str(path))
         except DamagedCheckpointError as error:
-            trainer.print_to_log_file(f"WARNING: {error}. Trying the next checkpoint")
+            warn(f"{error}. Trying the next checkpoint")
             continue
         trainer.print_to_log_file(f"Going on from {path.name} at epoch {trainer.current_epoch}")
         return
-    show(f"WARNING: no checkpoint in {trainer.output_folder} to continue from: the training starts anew")
+    if found := find_checkpoints(trainer.output_folder):
+        names = ", ".join(path.name for path in found)
+        raise DamagedCheckpointError(
+            f"cannot go on: none of the checkpoints in {trainer.output_folder} can be used ({names}). Bring one back "
+            "from a backup, or start anew without --c, which replaces them"
+        )
+    warn(f"no checkpoint in {trainer.output_folder} to continue from: the training starts anew")
 
 
 def _load_checkpoint_named(trainer: nnUNetTrainer, name: str) -> None:

@@ -135,6 +135,54 @@ def test_damaged_checkpoints_are_passed_over(tmp_path, caplog):
     assert "checkpoint_latest.pth" in caplog.text
 
 
+def test_only_the_latest_training_of_a_folder_counts(tmp_path):
+    def save(name, epoch, began):
+        moments = {"epoch_start_timestamps": [began + 9 * n for n in range(epoch)]} if began else {}
+        save_checkpoint_file(make_checkpoint(epoch=epoch, logging=moments), tmp_path / f"checkpoint_{name}.pth")
+
+    lines = []
+    save("final", 9, 1000.0)  # of a training that was finished
+    save("best", 3, 2000.0)  # of one that was begun anew in its folder
+    assert [path.name for path in rank_checkpoints(tmp_path, lines.append)] == ["checkpoint_best.pth"]
+    assert "checkpoint_final.pth, after 9 epochs" in lines[0]
+    save("latest", 4, 2000.0)
+    ranked = ["checkpoint_latest.pth", "checkpoint_best.pth"]
+    assert [path.name for path in rank_checkpoints(tmp_path)] == ranked
+    save("final", 9, None)  # does not say when it began
+    assert [path.name for path in rank_checkpoints(tmp_path)] == ranked
+    save("final", 9, 2000.0)
+    assert [path.name for path in rank_checkpoints(tmp_path)] == ["checkpoint_final.pth", *ranked]
+
+
+def test_a_file_that_cannot_be_read_is_not_taken_for_damaged(tmp_path):
+    save_checkpoint_file(make_checkpoint(), tmp_path / "checkpoint_best.pth")
+    (tmp_path / "checkpoint_latest.pth").symlink_to("/proc/self/mem")  # a file, and reading it is an I/O error
+    if not (tmp_path / "checkpoint_latest.pth").is_file():
+        pytest.skip("there is no such file here")
+    with pytest.raises(OSError, match="Input/output error"):
+        rank_checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize("length", [40, -200, -20_000])
+def test_damaged_checkpoints_are_passed_over_also_where_all_code_is_trusted(tmp_path, monkeypatch, length):
+    monkeypatch.setenv("nnUNet_allow_unsafe_checkpoints", "1")
+    save_checkpoint_file(make_checkpoint(epoch=1), tmp_path / "checkpoint_best.pth")
+    save_checkpoint_file(make_checkpoint(extra=torch.rand(10_000)), tmp_path / "checkpoint_latest.pth")
+    whole = (tmp_path / "checkpoint_latest.pth").read_bytes()
+    (tmp_path / "checkpoint_latest.pth").write_bytes(whole[:length])
+    assert [path.name for path in rank_checkpoints(tmp_path)] == ["checkpoint_best.pth"]
+
+
+def test_a_damaged_pickle_is_named_as_such_also_where_all_code_is_trusted(tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_allow_unsafe_checkpoints", "1")
+    path = tmp_path / "c.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("c/data.pkl", b"\xffnonsense")
+        archive.writestr("c/version", "3\n")
+    with pytest.raises(checkpoint_file.DamagedCheckpointError, match=r"c\.pth is damaged"):
+        load_checkpoint_file(path)
+
+
 KILLED_WRITER = """
 import sys, torch
 from nnunetv2.models.checkpoint_file import save_checkpoint_file

@@ -85,6 +85,31 @@ def test_a_seeded_training_that_was_interrupted_ends_with_the_same_bits(fold, mo
 
 
 @pytest.mark.slow
+def test_a_training_that_was_begun_anew_in_a_finished_fold_goes_on_itself(fold, monkeypatch, capsys):
+    monkeypatch.setattr("nnunetv2.training.validation.validate", lambda *_, **__: None)
+    train()
+    earlier = (fold / "checkpoint_final.pth").read_bytes()
+
+    def start_anew_until(epoch):
+        monkeypatch.setenv("STOP_AT", str(epoch))
+        with pytest.raises(Exception, match="^$"):
+            train()
+        monkeypatch.delenv("STOP_AT")
+        assert (fold / "checkpoint_final.pth").read_bytes() == earlier
+
+    start_anew_until(0)  # by mistake
+    train(continue_training=True)
+    assert "Going on from checkpoint_final.pth at epoch 4" in capsys.readouterr().out
+    earlier = (fold / "checkpoint_final.pth").read_bytes()
+    start_anew_until(2)
+    train(continue_training=True)
+    printed = capsys.readouterr().out
+    assert "passing over checkpoint_final.pth" in printed
+    assert "Going on from checkpoint_latest.pth at epoch 2" in printed
+    assert (fold / "checkpoint_final.pth").read_bytes() != earlier and final(fold)["current_epoch"] == 4
+
+
+@pytest.mark.slow
 def test_a_training_killed_in_mid_epoch_goes_on_at_its_last_checkpoint(fold):
     command = [
         sys.executable,

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from patience import PATIENCE_S
+from privileges import privileges_dropped
 from tiny_dataset import NAME, make_tiny_dataset
 
-from nnunetv2.models.checkpoint_file import load_checkpoint_file
+from nnunetv2.models.checkpoint_file import DamagedCheckpointError, load_checkpoint_file
 from nnunetv2.run import run_training as module
 from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
 from nnunetv2.run.run_training import build_parser, get_trainer_from_args, maybe_load_checkpoint, run_training
@@ -44,6 +45,10 @@ def dataset(roots, monkeypatch, tmp_path) -> Path:
 
 def train(fold=0, **options):
     run_training(998, "3d_fullres", fold, trainer_class_name="ShortTrainer", device=CPU, **options)
+
+
+def read_log(fold):
+    return "".join(file.read_text() for file in fold.glob("training_log_*.txt"))
 
 
 def weights_in(file):
@@ -265,6 +270,28 @@ def test_nothing_to_continue_is_a_fresh_start(dataset, capsys):
     trainer = get_trainer_from_args(998, "3d_fullres", 0, "ShortTrainer", device=CPU)
     maybe_load_checkpoint(trainer, True, False)
     assert trainer.current_epoch == 0 and "starts anew" in capsys.readouterr().out
+    assert "starts anew" in read_log(dataset)
+
+
+def test_damaged_checkpoints_alone_are_no_fresh_start(dataset):
+    make_checkpoints(dataset, latest=5, best=7)
+    for name in ("latest", "best"):
+        file = dataset / f"checkpoint_{name}.pth"
+        file.write_bytes(file.read_bytes()[:-200])
+    before = {file.name: file.read_bytes() for file in dataset.glob("*.pth")}
+    with pytest.raises(DamagedCheckpointError, match=r"checkpoint_latest.pth, checkpoint_best.pth.*without --c"):
+        train(continue_training=True)
+    assert {file.name: file.read_bytes() for file in dataset.glob("*.pth")} == before
+    assert read_log(dataset).count("is damaged") == 2
+
+
+def test_checkpoints_that_cannot_be_read_are_no_fresh_start(dataset):
+    make_checkpoints(dataset, latest=5)
+    (dataset / "checkpoint_latest.pth").chmod(0)
+    with privileges_dropped(), pytest.raises(PermissionError, match=r"checkpoint_latest.pth"):
+        train(continue_training=True)
+    (dataset / "checkpoint_latest.pth").chmod(0o644)
+    assert load_checkpoint_file(dataset / "checkpoint_latest.pth")["current_epoch"] == 5
 
 
 def test_validating_with_the_best_needs_no_final_checkpoint(dataset):
