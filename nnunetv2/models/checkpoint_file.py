@@ -137,7 +137,7 @@ def find_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def rank_checkpoints(folder: str | os.PathLike[str], report: Callable[[str], object] = logger.warning) -> list[Path]:
-    """Return the checkpoints with which the latest training of a fold can go on, the best one for that first.
+    """Return the usable checkpoints of a fold's latest training, the best for going on first.
 
     That is the one with most epochs behind it; of equals final comes before latest before best. Files that turn out to
     be damaged are passed over, as are those of a training that was begun earlier: whoever starts anew in the folder of

@@ -20,8 +20,9 @@ from nnunetv2.models.networks import bare_network, is_deeply_supervised
 from nnunetv2.plans.label_manager import convert_labelmap_to_one_hot
 from nnunetv2.plans.partial_labels import scored_classes
 from nnunetv2.preprocessed_data.datasets import infer_dataset_class
+from nnunetv2.preprocessed_data.journal import read_header
 from nnunetv2.training.distributed import wait_for_all
-from nnunetv2.training.finished_cases import FinishedCases, fingerprint_of
+from nnunetv2.training.validation_progress import ValidationProgress, fingerprint_of
 from nnunetv2.utilities.device import usable_cpu_count, wants_cpu_autocast
 
 if TYPE_CHECKING:
@@ -50,6 +51,9 @@ def validate(
     Args:
         predictor_class: Predicts the cases.
         compute_metrics: Scores them, as `compute_metrics_on_folder` does.
+
+    Raises:
+        RuntimeError: A case failed, or its prediction is gone again; nothing is scored.
     """
     _warn_of_slow_compilation(trainer)
     network = trainer.network
@@ -60,7 +64,8 @@ def validate(
     try:
         folder = Path(trainer.output_folder, "validation")
         folder.mkdir(parents=True, exist_ok=True)
-        finished = FinishedCases(folder)
+        label_map_ending = trainer.dataset_json["file_ending"]
+        finished = ValidationProgress(folder, [label_map_ending, *([".npz", ".pkl"] if save_probabilities else [])])
         if trainer.local_rank == 0:
             _set_aside_other_cases(trainer, folder)
             finished.open(
@@ -73,6 +78,7 @@ def validate(
                         trainer.configuration_name,
                         wants_cpu_autocast(),
                         trainer.device.type,
+                        read_header(Path(trainer.preprocessed_dataset_folder)),
                     ],
                 )
             )
@@ -82,6 +88,7 @@ def validate(
         )
         wait_for_all()
         if trainer.local_rank == 0:
+            _require_predictions(trainer, folder)
             _score(trainer, folder, compute_metrics)
             finished.close()
     finally:
@@ -132,7 +139,7 @@ def _predict_cases(
     trainer: nnUNetTrainer,
     predictor: nnUNetPredictor,
     folder: Path,
-    finished: FinishedCases,
+    finished: ValidationProgress,
     *,
     save_probabilities: bool,
 ) -> None:
@@ -193,7 +200,7 @@ def _export(
     folder: Path,
     case: str,
     next_stages: Sequence[NextStage],
-    finished: FinishedCases,
+    finished: ValidationProgress,
     save_probabilities: bool,
 ) -> None:
     """Write the segmentation of a case and what the next stages of a cascade need; then note that it is done."""
@@ -276,6 +283,17 @@ def _next_stages(trainer: nnUNetTrainer, case: str) -> Iterator[NextStage]:
             trainer.print_to_log_file(f"{case} is not preprocessed for {name}: its prediction is not passed on")
             continue
         yield name, tuple(data.shape[1:]), dataset_class
+
+
+def _require_predictions(trainer: nnUNetTrainer, folder: Path) -> None:
+    """Check that all cases were predicted; the scores of some would be taken for those of the fold."""
+    cases, ending = list(map(str, trainer.do_split()[1])), trainer.dataset_json["file_ending"]
+    missing = [case for case in cases if not (folder / f"{case}{ending}").is_file()]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} of {len(cases)} validation cases have no prediction in {folder}: "
+            f"{', '.join(missing[:10])}{', ...' if len(missing) > 10 else ''}. Nothing was scored; --val predicts them"
+        )
 
 
 def _score(trainer: nnUNetTrainer, folder: Path, compute_metrics: Callable[..., dict]) -> None:

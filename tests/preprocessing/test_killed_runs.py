@@ -14,7 +14,7 @@ import pytest
 from patience import PATIENCE_S
 from preprocessing_scans import write_raw_dataset
 
-from nnunetv2.preprocessing.finished_cases import journal_path
+from nnunetv2.preprocessed_data.journal import journal_path
 
 RUN = """
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor

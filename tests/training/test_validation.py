@@ -7,9 +7,10 @@ import pytest
 import torch
 from tiny_dataset import make_dataset_json, make_tiny_dataset
 
+from nnunetv2.preprocessed_data.journal import journal_path
 from nnunetv2.training import validation
-from nnunetv2.training.finished_cases import FOLDER, FinishedCases, fingerprint_of
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.validation_progress import FOLDER, ValidationProgress, fingerprint_of
 
 CPU = torch.device("cpu")
 
@@ -66,8 +67,54 @@ def test_other_weights_or_settings_predict_everything_anew(trainer, monkeypatch)
     assert len(exported) == 6
 
 
+def interrupt(trainer, monkeypatch, at="case_02", **settings):
+    """Validate all cases but one."""
+    with monkeypatch.context() as context:
+        record_exports(context, fails=lambda case: case == at)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            trainer.perform_actual_validation(**settings)
+
+
+def test_cases_without_their_files_are_predicted_again(trainer, monkeypatch):
+    interrupt(trainer, monkeypatch, save_probabilities=True)
+    folder = Path(trainer.output_folder, "validation")
+    (folder / "case_00.nii.gz").unlink()
+    (folder / "case_03.npz").unlink()
+    (folder / "case_04.pkl").unlink()
+    exported = record_exports(monkeypatch)
+    trainer.perform_actual_validation(save_probabilities=True)
+    assert sorted(exported) == ["case_00", "case_02", "case_03", "case_04"]
+    assert len(json.loads((folder / "summary.json").read_text())["metric_per_case"]) == 6
+
+
+def test_a_folder_that_was_emptied_is_filled_again(trainer, monkeypatch):
+    interrupt(trainer, monkeypatch)
+    folder = Path(trainer.output_folder, "validation")
+    for file in folder.glob("[!.]*"):  # as a shell does it with rm validation/*
+        file.unlink()
+    trainer.perform_actual_validation()
+    assert len(json.loads((folder / "summary.json").read_text())["metric_per_case"]) == 6
+
+
+def test_data_that_were_preprocessed_otherwise_are_predicted_anew(trainer, monkeypatch):
+    interrupt(trainer, monkeypatch)
+    journal = journal_path(Path(trainer.preprocessed_dataset_folder))
+    journal.write_text(json.dumps({"made_from": {"the code": "of another version"}}) + "\n")
+    exported = record_exports(monkeypatch)
+    trainer.perform_actual_validation()
+    assert len(exported) == 6
+
+
+def test_a_part_of_the_fold_is_not_scored(trainer, monkeypatch):
+    monkeypatch.setattr(validation, "export_case", lambda *_: None)
+    folder = Path(trainer.output_folder, "validation")
+    with pytest.raises(RuntimeError, match="6 of 6 validation cases have no prediction .*case_00, case_01"):
+        trainer.perform_actual_validation()
+    assert not (folder / "summary.json").exists()
+
+
 def test_finished_cases_belong_to_a_fingerprint(tmp_path):
-    cases = FinishedCases(tmp_path)
+    cases = ValidationProgress(tmp_path, [])
     cases.open("a")
     cases.add("case_1")
     cases.open("a")

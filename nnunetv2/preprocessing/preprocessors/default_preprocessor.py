@@ -11,8 +11,8 @@ import numpy as np
 
 from nnunetv2.errors import InvalidInputError
 from nnunetv2.plans.partial_labels import common_numbers, renumber
+from nnunetv2.preprocessed_data.journal import PreprocessingJournal
 from nnunetv2.preprocessing.cropping.cropping import crop_to_nonzero
-from nnunetv2.preprocessing.finished_cases import FinishedCases
 from nnunetv2.preprocessing.finite_values import require_finite
 from nnunetv2.preprocessing.normalization.lookup import find_normalization_class
 from nnunetv2.preprocessing.odd_sizes import describe_grids, require_memory, warn_of_odd_size
@@ -255,7 +255,7 @@ class DefaultPreprocessor:
         """Preprocess all training cases of a dataset for one configuration.
 
         Cases that an earlier run has finished stay, if plans, dataset.json, code and the case's files are the same
-        still; everything else in the output folder is removed. `forget_finished_cases` makes a run do all cases.
+        still; everything else in the output folder is removed. Where there is no such folder, a run does all cases.
         If a case fails, the others that are done stay, each complete.
 
         Args:
@@ -274,7 +274,7 @@ class DefaultPreprocessor:
             )
         if self.verbose:
             logger.info("preprocessing configuration %s: %s", configuration_name, run.configuration_manager)
-        with FinishedCases(run.output_folder, digest_ingredients(run, self)) as finished:
+        with PreprocessingJournal(run.output_folder, digest_ingredients(run, self)) as finished:
             open_cases = finished.remaining(run.sources)
             if len(open_cases) < len(run.files):
                 logger.info(

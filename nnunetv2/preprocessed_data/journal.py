@@ -39,7 +39,7 @@ FileState = list
 """Name, bytes, time of modification in ns."""
 
 
-class FinishedCases:
+class PreprocessingJournal:
     """The journal of a folder, for the length of a run.
 
     No other run can open it meanwhile.
@@ -57,7 +57,7 @@ class FinishedCases:
         self._folder = folder
         self._made_from = dict(made_from)
 
-    def __enter__(self) -> FinishedCases:
+    def __enter__(self) -> PreprocessingJournal:
         self._folder.parent.mkdir(parents=True, exist_ok=True)
         self._file = journal_path(self._folder).open("a+b")
         try:
@@ -148,9 +148,14 @@ class FinishedCases:
         os.fsync(self._file.fileno())
 
 
-def forget_finished_cases(folder: Path) -> None:
-    """Make the next run preprocess all cases of this folder anew, whatever is finished."""
-    journal_path(folder).unlink(missing_ok=True)
+def read_header(folder: Path) -> dict | None:
+    """Return what a folder's cases were made from, as its journal says; None without one."""
+    try:
+        with journal_path(folder).open("rb") as file:
+            header = json.loads(file.readline())
+    except (FileNotFoundError, ValueError):
+        return None
+    return header if isinstance(header, dict) else None
 
 
 def journal_path(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from preprocessing_scans import NAME, make_case, write_image, write_plans, write_raw_dataset
 
 from nnunetv2.errors import FolderInUseError
-from nnunetv2.preprocessing.finished_cases import FinishedCases, forget_finished_cases, journal_path
+from nnunetv2.preprocessed_data.journal import PreprocessingJournal, journal_path, read_header
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.case_workers import CaseFailedError
 
@@ -31,14 +32,14 @@ def finish(folder: Path, case: str) -> None:
 
 
 def make_finished(folder: Path, sources, *cases: str) -> None:
-    with FinishedCases(folder, MADE_FROM) as finished:
+    with PreprocessingJournal(folder, MADE_FROM) as finished:
         for case in cases:
             finish(folder, case)
             finished.add(case, sources[case])
 
 
 def remaining(folder: Path, sources, made_from=MADE_FROM) -> list[str]:
-    with FinishedCases(folder, made_from) as finished:
+    with PreprocessingJournal(folder, made_from) as finished:
         return finished.remaining(sources)
 
 
@@ -143,20 +144,28 @@ def test_a_journal_of_nonsense_is_worth_nothing(tmp_path, sources, nonsense):
 def test_two_runs_do_not_meet_in_one_folder(tmp_path, sources):
     folder = tmp_path / "data"
     with (
-        FinishedCases(folder, MADE_FROM),
+        PreprocessingJournal(folder, MADE_FROM),
         pytest.raises(FolderInUseError, match="another process"),
-        FinishedCases(folder, MADE_FROM),
+        PreprocessingJournal(folder, MADE_FROM),
     ):
         pass
     remaining(folder, sources)  # the first is over
 
 
-def test_all_is_forgotten_on_request(tmp_path, sources):
+def test_all_cases_are_done_again_once_the_folder_is_removed(tmp_path, sources):
     folder = tmp_path / "data"
     make_finished(folder, sources, *sources)
-    forget_finished_cases(folder)
-    forget_finished_cases(folder)
+    shutil.rmtree(folder)
     assert len(remaining(folder, sources)) == 3
+
+
+def test_others_can_ask_what_the_cases_were_made_from(tmp_path, sources):
+    folder = tmp_path / "data"
+    assert read_header(folder) is None
+    make_finished(folder, sources, "liver_1")
+    assert read_header(folder)["made_from"] == MADE_FROM
+    journal_path(folder).write_bytes(b"nonsense")
+    assert read_header(folder) is None
 
 
 # ------------------------------------------------------------------------------------------------ whole runs

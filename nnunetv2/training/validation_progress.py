@@ -16,17 +16,23 @@ FOLDER = ".unfinished_validation"
 FINGERPRINT = "fingerprint"
 
 
-class FinishedCases:
+class ValidationProgress:
     """A folder with an empty file per case that is done.
 
     It lives as long as the validation is incomplete.
 
-    It also holds a fingerprint of what predicts. Cases count as done only for that fingerprint: after further training,
-    or with other settings, everything is predicted anew. A validation that was completed leaves nothing behind, so
-    repeating it predicts everything too.
+    It also holds a fingerprint of what predicts, and what is predicted. Cases count as done only for that fingerprint:
+    after further training, with other settings or with data that were preprocessed otherwise, everything is predicted
+    anew. A validation that was completed leaves nothing behind, so repeating it predicts everything too.
+
+    Args:
+        folder: Of the predictions.
+        endings: Of the files of a case. Without one of them it is not done: people empty the folder to have all
+            predicted anew, and a hidden folder stays.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, endings: Sequence[str]) -> None:
+        self._predictions, self._endings = folder, tuple(endings)
         self._folder = folder / FOLDER
 
     def open(self, fingerprint: str) -> None:
@@ -42,7 +48,8 @@ class FinishedCases:
         (self._folder / f"{case}.done").touch()
 
     def __contains__(self, case: str) -> bool:
-        return (self._folder / f"{case}.done").is_file()
+        files = [self._predictions / f"{case}{ending}" for ending in self._endings]
+        return all(file.is_file() for file in (self._folder / f"{case}.done", *files))
 
     def close(self) -> None:
         """Forget all."""
