@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from nnunetv2.errors import InvalidInputError
+from nnunetv2.utilities.atomic_write import A_DAY_S, make_scratch, remove_leftovers
 
 
 @contextmanager
 def building_dataset(name: str) -> Iterator[Path]:
     """Yield an empty folder for a new dataset.
 
-    It becomes `nnUNet_raw/name` once the block has succeeded, and is removed otherwise.
+    It becomes `nnUNet_raw/name` once the block has succeeded, and is removed otherwise, a day later if the process
+    was killed.
 
     Raises:
         InvalidInputError: The name is no dataset name, or its number is taken.
@@ -27,7 +28,8 @@ def building_dataset(name: str) -> Iterator[Path]:
     require_free_name(name)
     if not root.is_dir():
         raise InvalidInputError(f"the folder {root}, which nnUNet_raw names, does not exist")
-    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=root))
+    remove_leftovers(root, older_than_s=A_DAY_S)
+    scratch = make_scratch(root)
     try:
         folder = scratch / name
         folder.mkdir()

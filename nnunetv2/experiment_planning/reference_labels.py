@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from nnunetv2.errors import InvalidInputError
 from nnunetv2.plans.partial_labels import renumber
-from nnunetv2.utilities.atomic_write import copy_atomically, replacing
+from nnunetv2.utilities.atomic_write import copy_atomically, remove_leftovers, replacing
 
 if TYPE_CHECKING:
     from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
@@ -35,6 +35,7 @@ def copy_references(labels: dict[str, str], target: Path, file_ending: str, read
         reader: Knows which files belong to a label. None: there are no such files.
     """
     target.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
     list_side_cars: Any = getattr(
         reader, "list_side_cars", lambda label, is_label: []
     )  # readers need not be our subclasses
@@ -72,6 +73,7 @@ def write_renumbered_references(
         numbers: Value in the files -> value in the copies.
     """
     target.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(target)
     for case, label in labels.items():
         source, copy = Path(label), target / f"{case}{file_ending}"
         mark = _time_of(source, numbers)

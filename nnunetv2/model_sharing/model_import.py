@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from nnunetv2.model_sharing.archive_check import ArchiveLimits, UnsafeArchiveError, check_archive
 from nnunetv2.paths import nnUNet_results
+from nnunetv2.utilities.atomic_write import A_DAY_S, make_scratch, remove_leftovers
 
 _CHUNK = 2**20
 
@@ -18,7 +18,8 @@ def install_model_from_zip_file(zip_file: str, *, dataset_name: str | None = Non
     """Unpack a zip file that `export_pretrained_model` wrote; files that exist already are replaced.
 
     Everything is checked, then unpacked beside its place, and then renamed: if anything is wrong with the file, no
-    model changes. Nothing in it is executed; checkpoints and pickles are read with care whenever they are used.
+    model changes. Nothing in it is executed; checkpoints and pickles are read with care whenever they are used. What a
+    killed installation has left is removed by one a day later.
 
     Args:
         dataset_name: Folder in nnUNet_results that takes the place of the one that the file names.
@@ -45,10 +46,11 @@ def install_model_from_zip_file(zip_file: str, *, dataset_name: str | None = Non
 def _install(
     archive: zipfile.ZipFile, files: Sequence[zipfile.ZipInfo], target: Path, dataset_name: str | None
 ) -> None:
+    remove_leftovers(target, older_than_s=A_DAY_S)
     needed, free = sum(member.file_size for member in files), shutil.disk_usage(target).free
     if needed > free:
         raise OSError(f"{archive.filename} needs {needed / 2**30:.1f} GiB in {target}, {free / 2**30:.1f} are free")
-    scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=target))
+    scratch = make_scratch(target)
     try:
         for member in files:
             _unpack(archive, member, scratch / member.filename)

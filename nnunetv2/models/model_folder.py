@@ -17,7 +17,7 @@ from torch import nn
 from nnunetv2.models import networks
 from nnunetv2.models.checkpoint_file import load_checkpoint_file
 from nnunetv2.plans.plans_manager import ConfigurationManager, PlansManager, determine_num_input_channels
-from nnunetv2.utilities.atomic_write import copy_atomically, save_json_atomically
+from nnunetv2.utilities.atomic_write import copy_atomically, remove_leftovers, save_json_atomically
 from nnunetv2.utilities.json_files import DATASET, PLANS, read_json
 from nnunetv2.utilities.trusted_names import UntrustedNameError
 
@@ -128,6 +128,8 @@ def save_model_description(
 ) -> None:
     """Write plans, dataset description and fingerprint, which prediction needs besides the weights.
 
+    What killed processes were writing there an hour ago or earlier is removed.
+
     Raises:
         FileNotFoundError: The dataset has no fingerprint.
     """
@@ -135,6 +137,7 @@ def save_model_description(
     if not fingerprint.is_file():
         raise FileNotFoundError(f"{fingerprint} is missing: run nnUNetv2_extract_fingerprint for this dataset")
     base = Path(folder)
+    remove_leftovers(base)  # of other folds, which hold locks of their own, maybe
     save_json_atomically(plans, base / "plans.json", sort_keys=False)
     save_json_atomically(dataset_json, base / "dataset.json", sort_keys=False)
     copy_atomically(fingerprint, base / fingerprint.name)

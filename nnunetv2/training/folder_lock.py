@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from nnunetv2.utilities.atomic_write import remove_leftovers
 from nnunetv2.utilities.file_lock import lock_file
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ class RunningTraining:
 def training_in(folder: str | os.PathLike[str], *, refuses_to_stop: str = "") -> Iterator[str]:
     """Hold a folder while training into it, and yield the name of the holder.
 
-    The lock ends with the process, however that ends.
+    The lock ends with the process, however that ends. What a killed training was writing is removed.
 
     Where the operating system or the file system knows no locks, nothing is held, and the name is empty.
 
@@ -48,7 +49,10 @@ def training_in(folder: str | os.PathLike[str], *, refuses_to_stop: str = "") ->
     path = Path(folder) / LOCK_FILE
     descriptor = _lock(path)
     holder = ""
-    if descriptor is not None:
+    if descriptor is None:
+        remove_leftovers(folder)
+    else:
+        remove_leftovers(folder, older_than_s=0)
         holder = f"process {os.getpid()} on {socket.gethostname()}"
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"{holder}\n{refuses_to_stop}\n".encode())

@@ -23,6 +23,7 @@ from nnunetv2.preprocessed_data.datasets import infer_dataset_class
 from nnunetv2.preprocessed_data.journal import read_header
 from nnunetv2.training.distributed import wait_for_all
 from nnunetv2.training.validation_progress import ValidationProgress, fingerprint_of
+from nnunetv2.utilities.atomic_write import remove_leftovers
 from nnunetv2.utilities.device import usable_cpu_count, wants_cpu_autocast
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ def validate(
         label_map_ending = trainer.dataset_json["file_ending"]
         finished = ValidationProgress(folder, [label_map_ending, *([".npz", ".pkl"] if save_probabilities else [])])
         if trainer.local_rank == 0:
+            for place in (folder, *_next_stage_folders(trainer)):
+                remove_leftovers(place)
             _set_aside_other_cases(trainer, folder)
             finished.open(
                 fingerprint_of(
@@ -269,6 +272,12 @@ def load_network_input(trainer: nnUNetTrainer, dataset: nnUNetBaseDataset, case:
         )
         data = np.vstack((data, one_hot))
     return torch.from_numpy(np.ascontiguousarray(data)), properties
+
+
+def _next_stage_folders(trainer: nnUNetTrainer) -> list[Path]:
+    """Return where the predictions go that the next stages of a cascade need."""
+    names = trainer.configuration_manager.next_stage_names or []
+    return [Path(trainer.output_folder_base, "predicted_next_stage", name) for name in names]
 
 
 def _next_stages(trainer: nnUNetTrainer, case: str) -> Iterator[NextStage]:

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _PREFIX = ".partial-"
+A_DAY_S = 86400
+"""Age of leftovers of what takes long, such as unpacking a model over a slow network."""
 _NIFTI_ENDINGS = (".nii.gz", ".nii")
 _DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", "EIO", "EROFS") if hasattr(errno, name)}
 
@@ -48,7 +50,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: the folder {target.parent} does not exist")
-    scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=target.parent))
+    scratch = make_scratch(target.parent)
     try:
         stem, scratch_stem, ending = _split_name(target.name)
         written = scratch / f"{scratch_stem}{ending}"
@@ -80,17 +82,26 @@ def copy_atomically(source: str | os.PathLike[str], path: str | os.PathLike[str]
             os.utime(written, ns=(about.st_atime_ns, about.st_mtime_ns))
 
 
-def remove_leftovers(folder: str | os.PathLike[str], older_than_s: float = 3600) -> None:
-    """Remove scratch folders of `replacing` that killed processes have left.
+def make_scratch(folder: str | os.PathLike[str]) -> Path:
+    """Create a folder for what is being written.
 
-    Those that changed less than `older_than_s` seconds ago stay, for another process may be writing into them.
+    `remove_leftovers` finds it if this process is killed.
+    """
+    return Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
+
+
+def remove_leftovers(folder: str | os.PathLike[str], older_than_s: float = 3600) -> None:
+    """Remove scratch folders that killed processes have left.
+
+    Those in which something changed less than `older_than_s` seconds ago stay, for another process may be writing into
+    them. Whoever knows that there is none, since it holds a lock, may give 0.
     """
     for scratch in Path(folder).glob(f"{_PREFIX}*"):
         try:
-            changed = max(path.stat().st_mtime for path in (scratch, *scratch.iterdir()))
+            changed = max(path.lstat().st_mtime for path in (scratch, *scratch.rglob("*")))
         except OSError:  # it has just been finished
             continue
-        if time.time() - changed > older_than_s:
+        if older_than_s == 0 or time.time() - changed > older_than_s:
             shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -1,6 +1,8 @@
 """Datasets in older formats become raw datasets, whole or not at all."""
 
 import json
+import os
+import time
 
 import numpy as np
 import pytest
@@ -103,6 +105,14 @@ def test_nothing_is_left_of_a_conversion_that_fails(task, roots):
     with pytest.raises(FileNotFoundError):
         convert_msd_dataset(str(task))
     assert list(roots["nnUNet_raw"].iterdir()) == []
+
+
+def test_what_a_killed_conversion_has_left_is_removed_a_day_later(task, roots):
+    for name, age_s in (("old", 2 * 86400), ("young", 3600)):
+        (roots["nnUNet_raw"] / f".partial-{name}").mkdir()
+        os.utime(roots["nnUNet_raw"] / f".partial-{name}", (time.time() - age_s,) * 2)
+    convert_msd_dataset(str(task), num_processes=1)
+    assert sorted(entry.name for entry in roots["nnUNet_raw"].iterdir()) == [".partial-young", "Dataset005_My_Organ"]
 
 
 def test_taken_number_is_refused(task, roots):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import stat
 import sys
 import threading
+import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -136,6 +138,15 @@ def test_an_export_is_installed_elsewhere_and_over_what_is_there(exported, tmp_p
     for _ in range(2):
         install_model_from_zip_file(str(exported))
     assert sorted(everything_below(target)) == sorted(names_in(exported))
+
+
+def test_what_a_killed_installation_has_left_is_removed_a_day_later(exported, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "elsewhere"))
+    for name, age_s in (("old", 2 * 86400), ("young", 3600)):
+        (tmp_path / "elsewhere" / f".partial-{name}").mkdir(parents=True)
+        os.utime(tmp_path / "elsewhere" / f".partial-{name}", (time.time() - age_s,) * 2)
+    install_model_from_zip_file(str(exported))
+    assert sorted(path.name for path in (tmp_path / "elsewhere").iterdir()) == [".partial-young", NAME]
 
 
 def link(name):

@@ -125,10 +125,12 @@ def test_a_training_killed_in_mid_epoch_goes_on_at_its_last_checkpoint(fold):
     ]
     killed = subprocess.run(command, env={**os.environ, "KILL_AT": "2"}, cwd=PROJECT, capture_output=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL
+    (fold / ".partial-killed").mkdir()  # it may also be killed while it writes
     assert load_checkpoint_file(fold / "checkpoint_latest.pth")["current_epoch"] == 2
     subprocess.run([*command, "--c"], check=True, cwd=PROJECT, capture_output=True, timeout=300)
     assert final(fold)["current_epoch"] == 4 and len(final(fold)["logging"]["lrs"]) == 4
     assert (fold / "validation" / "summary.json").is_file() and not (fold / "checkpoint_latest.pth").exists()
+    assert not (fold / ".partial-killed").exists()
 
 
 def test_a_full_disk_ends_the_training_with_a_message(fold, monkeypatch):

@@ -25,6 +25,21 @@ def test_the_lock_file_of_a_process_that_died_does_not_matter(tmp_path):
         assert str(os.getpid()) in (tmp_path / ".training.lock").read_text()
 
 
+def test_what_a_killed_training_was_writing_is_removed(tmp_path):
+    (tmp_path / ".partial-x").mkdir()
+    (tmp_path / ".partial-x" / "checkpoint_latest.pth").write_text("half")
+    with training_in(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [".training.lock"]
+
+
+def test_what_another_training_is_writing_stays(tmp_path):
+    with training_in(tmp_path):
+        (tmp_path / ".partial-x").mkdir()
+        with pytest.raises(RuntimeError, match="another training"), training_in(tmp_path):
+            pass
+        assert (tmp_path / ".partial-x").is_dir()
+
+
 def test_file_systems_without_locks_are_accepted(tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(95, "Operation not supported")

@@ -110,6 +110,28 @@ def test_old_leftovers_of_killed_processes_are_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".partial-young", "case.nii.gz"]
 
 
+def test_leftovers_count_as_young_while_anything_in_them_changes(tmp_path):
+    scratch = tmp_path / ".partial-model"
+    (scratch / "Dataset001").mkdir(parents=True)
+    (scratch / "link").symlink_to("/nowhere")
+    (scratch / "Dataset001" / "checkpoint.pth").write_text("half")
+    for path in (scratch / "Dataset001", scratch / "link", scratch):
+        os.utime(path, (time.time() - 7200,) * 2, follow_symlinks=False)
+    remove_leftovers(tmp_path)
+    assert names_in(tmp_path) == [".partial-model"]
+    os.utime(scratch / "Dataset001" / "checkpoint.pth", (time.time() - 7200,) * 2)
+    remove_leftovers(tmp_path)
+    assert names_in(tmp_path) == []
+
+
+def test_whoever_is_alone_removes_leftovers_of_any_age(tmp_path):
+    for name, age_s in (("young", 0), ("of-a-clock-ahead", -3600)):
+        (tmp_path / f".partial-{name}").mkdir()
+        os.utime(tmp_path / f".partial-{name}", (time.time() - age_s,) * 2)
+    remove_leftovers(tmp_path, older_than_s=0)
+    assert names_in(tmp_path) == []
+
+
 @pytest.mark.parametrize(
     "name",
     [
