@@ -12,8 +12,9 @@ import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nnunetv2.paths import nnUNet_preprocessed, nnUNet_results
 from nnunetv2.plans.partial_labels import unannotated_labels
@@ -74,6 +75,25 @@ __all__ = [
     *_ORIGINS,
 ]
 __getattr__ = names_from(_ORIGINS, __name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """All that was asked for, as `run_training` explains it, but for devices and processes."""
+
+    dataset_name_or_id: str | int
+    configuration: str
+    fold: int | str
+    trainer_name: str
+    plans_identifier: str
+    options: TrainingOptions
+    pretrained_weights: str | None
+    continue_training: bool
+    only_run_validation: bool
+    no_validation: bool
+    val_with_best: bool
+    export_validation_probabilities: bool
+    disable_checkpointing: bool
 
 
 def run_training_entry() -> None:
@@ -186,69 +206,40 @@ def run_training(
     fold = parse_fold(fold)
     trainer_class_name, options = split_results_name(trainer_class_name, options)
     _check_privacy(trainer_class_name, privacy, num_gpus=num_gpus, only_run_validation=only_run_validation)
-    _check_options(
+    job = _Job(
+        dataset_name_or_id=dataset_name_or_id,
+        configuration=configuration,
+        fold=fold,
+        trainer_name=trainer_class_name,
+        plans_identifier=plans_identifier,
+        options=options,
+        pretrained_weights=pretrained_weights,
         continue_training=continue_training,
         only_run_validation=only_run_validation,
-        disable_checkpointing=disable_checkpointing,
+        no_validation=no_validation,
         val_with_best=val_with_best,
         export_validation_probabilities=export_validation_probabilities,
-        no_validation=no_validation,
-        pretrained_weights=pretrained_weights,
-        options=options,
+        disable_checkpointing=disable_checkpointing,
     )
+    _check_options(job)
     for root in (nnUNet_preprocessed, nnUNet_results):
         root.require()
     if plans_identifier == "nnUNetPlans":
         show(*PRESETS_HINT.split("\n"))
     processes.check_device(device, num_gpus)
-    what = (
-        dataset_name_or_id,
-        configuration,
-        fold,
-        trainer_class_name,
-        plans_identifier,
-        disable_checkpointing,
-        continue_training,
-        only_run_validation,
-        pretrained_weights,
-        export_validation_probabilities,
-        val_with_best,
-    )
     if processes.are_launched_by_torchrun():
         rank, world_size = processes.torchrun_rank(num_gpus)
-        run_ddp(rank, *what, world_size, device.type, options, no_validation)
+        _run_ddp(rank, job, world_size, device.type)
         return
     if num_gpus > 1:
-        processes.spawn(
-            run_ddp, (*what, num_gpus, device.type, options, no_validation), num_gpus, find_free_network_port
-        )
+        processes.spawn(_run_ddp, (job, num_gpus, device.type), num_gpus, find_free_network_port)
         return
     with seed_restored():
         _seed(0, options)
-        # A validation goes on with what a training has logged, and deletes nothing of it.
-        trainer = _build_trainer(
-            dataset_name_or_id,
-            configuration,
-            fold,
-            trainer_class_name,
-            plans_identifier,
-            continue_training or only_run_validation,
-            device,
-            options=options,
-        )
+        trainer = _build_trainer(job, device)
         if privacy is not None:
             setattr(trainer, "privacy_options", privacy)  # noqa: B010  trainers without have been refused
-        _run(
-            trainer,
-            options,
-            disable_checkpointing=disable_checkpointing,
-            continue_training=continue_training,
-            only_run_validation=only_run_validation,
-            pretrained_weights=pretrained_weights,
-            export_validation_probabilities=export_validation_probabilities,
-            val_with_best=val_with_best,
-            no_validation=no_validation,
-        )
+        _run(trainer, job)
 
 
 def run_ddp(
@@ -273,38 +264,38 @@ def run_ddp(
 
     Each with a GPU, or with its share of the processor.
     """
-    with stopping.listening(), seed_restored():
-        _run_ddp(
-            rank,
-            (dataset_name_or_id, configuration, fold, tr, p, c or val),
-            world_size,
-            device_type,
-            options,
-            disable_checkpointing=disable_checkpointing,
-            continue_training=c,
-            only_run_validation=val,
-            pretrained_weights=pretrained_weights,
-            export_validation_probabilities=npz,
-            val_with_best=val_with_best,
-            no_validation=no_validation,
-        )
+    job = _Job(
+        dataset_name_or_id=dataset_name_or_id,
+        configuration=configuration,
+        fold=fold,
+        trainer_name=tr,
+        plans_identifier=p,
+        options=options,
+        pretrained_weights=pretrained_weights,
+        continue_training=c,
+        only_run_validation=val,
+        no_validation=no_validation,
+        val_with_best=val_with_best,
+        export_validation_probabilities=npz,
+        disable_checkpointing=disable_checkpointing,
+    )
+    _run_ddp(rank, job, world_size, device_type)
 
 
-def _run_ddp(
-    rank: int, what: tuple[Any, ...], world_size: int, device_type: str, options: TrainingOptions, **settings: Any
-) -> None:
+def _run_ddp(rank: int, job: _Job, world_size: int, device_type: str) -> None:
     import torch
 
-    setup_ddp(rank, world_size, device_type)
-    try:
-        if device_type == "cuda":
-            torch.cuda.set_device(processes.local_rank(rank))
-        else:
-            processes.share_cores(world_size)
-        _seed(rank, options)
-        _run(_build_trainer(*what, torch.device(device_type), options=options), options, **settings)
-    finally:
-        cleanup_ddp()
+    with stopping.listening(), seed_restored():
+        setup_ddp(rank, world_size, device_type)
+        try:
+            if device_type == "cuda":
+                torch.cuda.set_device(processes.local_rank(rank))
+            else:
+                processes.share_cores(world_size)
+            _seed(rank, job.options)
+            _run(_build_trainer(job, torch.device(device_type)), job)
+        finally:
+            cleanup_ddp()
 
 
 def get_trainer_from_args(
@@ -477,55 +468,57 @@ def _without_garbage_collection() -> Iterator[None]:
         gc.enable()
 
 
-def _check_options(
-    *,
-    continue_training: bool,
-    only_run_validation: bool,
-    disable_checkpointing: bool,
-    val_with_best: bool,
-    export_validation_probabilities: bool,
-    no_validation: bool,
-    pretrained_weights: str | None,
-    options: TrainingOptions,
-) -> None:
+def _check_options(job: _Job) -> None:
     """Refuse options that exclude each other before anything is written."""
-    assert not (val_with_best and disable_checkpointing), (
+    assert not (job.val_with_best and job.disable_checkpointing), (
         "--val_best needs checkpoint_best, which --disable_checkpointing does not save"
     )
-    assert not (continue_training and only_run_validation), (
+    assert not (job.continue_training and job.only_run_validation), (
         "--c goes on training, --val only validates: use one of them"
     )
-    if no_validation:
+    if job.no_validation:
         asked_for = {
-            "--val": only_run_validation,
-            "--val_best": val_with_best,
-            "--npz": export_validation_probabilities,
+            "--val": job.only_run_validation,
+            "--val_best": job.val_with_best,
+            "--npz": job.export_validation_probabilities,
         }
         if named := [option for option, is_given in asked_for.items() if is_given]:
             raise ValueError(f"--no_validation leaves out what {named[0]} asks for: use one of them")
-    if pretrained_weights is not None:
-        if continue_training:
+    if job.pretrained_weights is not None:
+        if job.continue_training:
             raise RuntimeError(
                 "-pretrained_weights are for the start of a training, --c goes on with an earlier one: use one of them"
             )
-        if not Path(pretrained_weights).is_file():
-            raise FileNotFoundError(f"there are no pretrained weights {pretrained_weights}")
-    elif options.pretrained_heads is not None:
-        raise ValueError(f"--pretrained_heads {options.pretrained_heads} needs -pretrained_weights, which is missing")
-    applied_options.refuse_for_validation(options, only_run_validation=only_run_validation)
+        if not Path(job.pretrained_weights).is_file():
+            raise FileNotFoundError(f"there are no pretrained weights {job.pretrained_weights}")
+    elif job.options.pretrained_heads is not None:
+        raise ValueError(
+            f"--pretrained_heads {job.options.pretrained_heads} needs -pretrained_weights, which is missing"
+        )
+    applied_options.refuse_for_validation(job.options, only_run_validation=job.only_run_validation)
 
 
-def _build_trainer(*what: Any, options: TrainingOptions) -> nnUNetTrainer:
+def _build_trainer(job: _Job, device: torch.device) -> nnUNetTrainer:
     """Construct a trainer as `get_trainer_from_args` does, unless an option is refused."""
     from nnunetv2.run import run_training as public
 
+    options = job.options
     if options.given():
-        applied_options.refuse_options(public.recursive_find_trainer_class_by_name(what[3]), options)
+        applied_options.refuse_options(public.recursive_find_trainer_class_by_name(job.trainer_name), options)
     if options.class_weights is not None:
-        dataset_json = _read_json(_preprocessed_folder(what[0]) / "dataset.json", DATASET)
+        dataset_json = _read_json(_preprocessed_folder(job.dataset_name_or_id) / "dataset.json", DATASET)
         applied_options.refuse_unknown_classes(options, dataset_json)
-    named: dict[str, Any] = {"results_name": options.results_name} if options.results_name else {}
-    return get_trainer_from_args(*what, **named)
+    return get_trainer_from_args(
+        job.dataset_name_or_id,
+        job.configuration,
+        job.fold,
+        job.trainer_name,
+        job.plans_identifier,
+        # A validation goes on with what a training has logged, and deletes nothing of it.
+        job.continue_training or job.only_run_validation,
+        device,
+        **({"results_name": options.results_name} if options.results_name else {}),
+    )
 
 
 def _check_privacy(
@@ -550,41 +543,30 @@ def _check_privacy(
         check_process(is_ddp=is_ddp, has_grad_scaler=False)
 
 
-def _run(
-    trainer: nnUNetTrainer,
-    options: TrainingOptions,
-    *,
-    disable_checkpointing: bool,
-    continue_training: bool,
-    only_run_validation: bool,
-    pretrained_weights: str | None,
-    export_validation_probabilities: bool,
-    val_with_best: bool,
-    no_validation: bool,
-) -> None:
+def _run(trainer: nnUNetTrainer, job: _Job) -> None:
     """Load what is to be loaded, train, validate."""
     from nnunetv2.models.checkpoint_file import BEST
 
-    if disable_checkpointing:  # a trainer may say so by itself
+    if job.disable_checkpointing:  # a trainer may say so by itself
         trainer.disable_checkpointing = True
-    if not only_run_validation:
-        applied_options.prepare_trainer_(trainer, options, continue_training=continue_training)
-    if not (only_run_validation and val_with_best):
+    if not job.only_run_validation:
+        applied_options.prepare_trainer_(trainer, job.options, continue_training=job.continue_training)
+    if not (job.only_run_validation and job.val_with_best):
         maybe_load_checkpoint(
             trainer,
-            continue_training,
-            only_run_validation,
-            pretrained_weights,
-            pretrained_heads=options.pretrained_heads,
+            job.continue_training,
+            job.only_run_validation,
+            job.pretrained_weights,
+            pretrained_heads=job.options.pretrained_heads,
         )
     _let_cudnn_choose_fast_algorithms()
-    if not only_run_validation:
+    if not job.only_run_validation:
         trainer.run_training()
-    if no_validation:
+    if job.no_validation:
         return
-    if val_with_best:
+    if job.val_with_best:
         _load_checkpoint_named(trainer, BEST)
-    trainer.perform_actual_validation(export_validation_probabilities)
+    trainer.perform_actual_validation(job.export_validation_probabilities)
 
 
 def _load_most_advanced_checkpoint(trainer: nnUNetTrainer) -> None:

@@ -52,7 +52,7 @@ def seed_epoch(epoch: int, rank: int) -> None:
     """
     seed = seed_from_environment()
     if seed is not None:
-        from nnunetv2.training.data_augmentation.augmenters import seed_everything as seed_generators
+        from nnunetv2.training.data_augmentation.numbered_batches import seed_generators
 
         seed_generators([seed, rank, epoch])
 

@@ -33,7 +33,7 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import (
 )
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 
-from nnunetv2.training.data_augmentation.numbered_batches import NumberedBatches, QueuesInTurn, seed_everything
+from nnunetv2.training.data_augmentation.numbered_batches import NumberedBatches, QueuesInTurn, seed_generators
 from nnunetv2.utilities.plain_text import log_plainly
 from nnunetv2.utilities.worker_traceback import WorkerTracebackError
 
@@ -261,7 +261,7 @@ def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker
     try:
         log_plainly()
         prepare_worker()
-        seed_everything([entropy, worker])
+        seed_generators([entropy, worker])
         if hasattr(loader, "set_thread_id"):
             loader.set_thread_id(worker)
         while not channels.abort.is_set():

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 
-def seed_everything(entropy: int | Sequence[int]) -> None:
+def seed_generators(entropy: int | Sequence[int]) -> None:
     """Seed the global generators of NumPy, torch and Python, each differently."""
     for_numpy, for_torch, for_python = np.random.SeedSequence(entropy).generate_state(3)
     np.random.seed(int(for_numpy))
@@ -30,7 +30,7 @@ def random_numbers_from(entropy: Sequence[int]) -> Iterator[None]:
     Afterwards they go on as if nothing had been drawn from them.
     """
     states = np.random.get_state(), torch.get_rng_state(), random.getstate()
-    seed_everything(entropy)
+    seed_generators(entropy)
     try:
         yield
     finally:

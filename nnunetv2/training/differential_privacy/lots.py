@@ -23,7 +23,7 @@ from concurrent.futures.process import BrokenProcessPool
 import numpy as np
 
 from nnunetv2.training.data_augmentation.augmenters import FAILURE_HINT, choose_start_method, prepare_worker
-from nnunetv2.training.data_augmentation.numbered_batches import seed_everything
+from nnunetv2.training.data_augmentation.numbered_batches import seed_generators
 from nnunetv2.training.dataloading.data_loader import nnUNetDataLoader
 from nnunetv2.utilities.case_workers import end_with_parent
 from nnunetv2.utilities.plain_text import log_plainly
@@ -161,7 +161,7 @@ def _become_worker(loader: PatientLoader) -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     log_plainly()
     prepare_worker()
-    seed_everything(secrets.randbits(128))
+    seed_generators(secrets.randbits(128))
     _loader_of_worker = loader
 
 

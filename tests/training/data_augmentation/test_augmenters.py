@@ -19,7 +19,8 @@ from batchgenerators.dataloading.single_threaded_augmenter import SingleThreaded
 from patience import MUCH_LONGER_S, PATIENCE_S
 
 from nnunetv2.training.data_augmentation import augmenters
-from nnunetv2.training.data_augmentation.augmenters import WorkerAugmenter, build_augmenters, seed_everything
+from nnunetv2.training.data_augmentation.augmenters import WorkerAugmenter, build_augmenters
+from nnunetv2.training.data_augmentation.numbered_batches import seed_generators
 from nnunetv2.utilities.command_line import describe_error
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
@@ -109,7 +110,7 @@ def test_seeds_repeat_what_a_worker_draws(start):
 
 def test_seeding_reaches_all_generators():
     def draw():
-        seed_everything([3, 1])
+        seed_generators([3, 1])
         return np.random.uniform(), torch.rand(1).item(), random.random()
 
     assert draw() == draw()
@@ -165,9 +166,9 @@ def test_shutdown_leaves_no_process_and_a_restart_works(start):
 def test_without_workers_batches_are_drawn_here():
     train, val = build_augmenters(Draws(), Draws(), num_processes=0, pin_memory=False)
     assert isinstance(train, SingleThreadedAugmenter) and isinstance(val, SingleThreadedAugmenter)
-    seed_everything(1)
+    seed_generators(1)
     first = next(train)["draws"]
-    seed_everything(1)
+    seed_generators(1)
     assert torch.equal(next(train)["draws"], first)
 
 
@@ -207,9 +208,9 @@ def test_a_run_goes_on_where_another_one_stopped(start):
 
 def test_seeded_batches_leave_the_numbers_of_the_training_alone():
     train, _ = build_augmenters(Draws(), Draws(), num_processes=0, pin_memory=False, entropy=(5,))
-    seed_everything(1)
+    seed_generators(1)
     expected = np.random.uniform(), torch.rand(1).item(), random.random()
-    seed_everything(1)
+    seed_generators(1)
     next(train)
     assert (np.random.uniform(), torch.rand(1).item(), random.random()) == expected
 
