@@ -129,7 +129,7 @@ def _describe_pace(state: RunState, progress: RunProgress) -> str:
 def _describe_wait(exchange: GatheringStatus, name: str, now: float) -> str:
     since = format_duration(now - exchange.opened)
     if exchange.refusal:
-        return f"{name} is refused, until a site sends something else: {exchange.refusal}"
+        return f"{name} is refused, until a site sends something else or is revoked: {exchange.refusal}"
     if exchange.lacks and not exchange.waiting_for:
         return (
             f"waiting for {exchange.lacks} more since {since}: {name} needs more sites (--min-sites, --quorum) "

@@ -159,8 +159,11 @@ class AggregationWorker:
                 state.log(f"{key} cannot be closed, trying again in {RETRY_CLOSING_S:.0f} s: {error}")
                 return None
 
-    def _compute_outcome(self, exchange: Exchange) -> Exchange:
-        """Compute the result of an exchange and write it, or write down why there is none."""
+    def _compute_outcome(self, exchange: Exchange) -> Exchange | None:
+        """Compute the result of an exchange and write it, or write down why there is none.
+
+        None if contributions were damaged on this machine: they are dropped, and it is open for them.
+        """
         state = self._state
         state.store.result_folder(exchange.key)
         self._remarks = ()
@@ -168,7 +171,11 @@ class AggregationWorker:
             outcome = step_of(exchange.key).outcome(exchange, state.clock(), state.registry)
             done = replace(exchange, outcome=outcome)
             computed = step_of(done.key).close(done, state.settings, state.documents)
-        except FederationError as error:
+        except (FederationError, FileNotFoundError) as error:
+            if self._drop_damaged(exchange):
+                return None
+            if not isinstance(error, FederationError):
+                raise
             refusal = error if isinstance(error, RefusedError) else RefusedError(str(error), code="do_not_match")
             failed = refuse_with(exchange, refusal, state.clock())
             state.refuse(failed)
@@ -176,6 +183,20 @@ class AggregationWorker:
         state.close(done, computed.digest, record=computed.record)
         self._remarks = computed.remarks
         return done
+
+    def _drop_damaged(self, exchange: Exchange) -> bool:
+        """Drop the contributions that this machine has damaged or lost, and tell whether there are any.
+
+        Their sites are not at fault, and nobody's exchange is refused for them.
+        """
+        state, damaged = self._state, self._state.store.damaged_contributions(exchange)
+        for site in damaged:
+            exchange = state.drop_contribution(exchange, site, by=None)
+            state.log(
+                f"{exchange.key}: the contribution of site {site} was damaged on the disk of this machine, and is "
+                "dropped: start the command of that site again, which sends it again"
+            )
+        return bool(damaged)
 
     # ------------------------------------------------------------------------------------------------------ afterwards
     def _count_and_log(self, exchange: Exchange, seconds: float) -> None:

@@ -138,12 +138,18 @@ class FederationState:
         self._wake_worker()
         return exchange
 
-    def drop_contribution(self, exchange: Exchange, site: str, *, by: str) -> None:
-        """Drop a contribution to an open exchange, whose lock the caller holds."""
+    def drop_contribution(self, exchange: Exchange, site: str, *, by: str | None) -> Exchange:
+        """Drop a contribution to an open exchange, whose lock the caller holds, and return the exchange.
+
+        Args:
+            by: The operator who wants it; None: the coordinator itself, as the file is damaged.
+        """
         key, digest = str(exchange.key), exchange.contributions[site].digest
         self.store.drop_contribution(exchange, site, self.event("dropped", by, key, {"site": site, "digest": digest}))
-        self.registry.put(without_contribution(exchange, site))
+        exchange = without_contribution(exchange, site)
+        self.registry.put(exchange)
         self._notify([key])
+        return exchange
 
     @contextmanager
     def closing(self, key: Key) -> Iterator[None]:

@@ -7,7 +7,7 @@ An exchange is one meeting of the sites: each contributes one document, then the
     open ---- all have contributed, or the deadline has passed with a quorum ----> closed   (for good)
       ^  \\-- the contributions do not go together -----------------------------> refused
       |                                                                             |
-      +------------------------------ a site contributes something else ------------+
+      +--------- a site contributes something else, or others than then count now --+
 
 What compares a latecomer with what the others have settled is an exchange of its own, and may be repeated.
 
@@ -93,6 +93,8 @@ class Refused:
     message: str
     remedy: str
     code: str
+    counted: tuple[str, ...] = ()
+    """Sites whose contributions these were. Once others count, it says nothing any more."""
 
     def as_error(self) -> RefusedError:
         """Return the error that every site gets to see."""
@@ -208,7 +210,7 @@ def judge(exchange: Exchange, site: str, digest: str) -> Verdict:
                 code="closed_without",
             )
         raise RefusedError(f"site {site} does not take part in {exchange.key}", code="not_expected")
-    if exchange.policy.first_stays:
+    if exchange.policy.first_stays and not isinstance(exchange.outcome, Refused):  # else nothing was made of the first
         is_over = held is not None or exchange.is_closed or (exchange.is_hurried and is_enough(exchange))
         return Verdict.KEEP_FIRST if is_over else Verdict.STORE
     if exchange.is_closed and held is not None and exchange.policy.compared:
@@ -247,6 +249,16 @@ def without_contribution(exchange: Exchange, site: str) -> Exchange:
     """Return an open exchange without what a site has contributed."""
     contributions = {name: one for name, one in exchange.contributions.items() if name != site}
     return replace(exchange, contributions=contributions)
+
+
+def without_stale_refusal(exchange: Exchange) -> Exchange:
+    """Return the exchange, open again if it was refused for contributions that are not those that count now.
+
+    The site at fault may have been revoked, or have left the run.
+    """
+    outcome = exchange.outcome
+    is_stale = isinstance(outcome, Refused) and outcome.counted != exchange.counted
+    return replace(exchange, outcome=None) if is_stale else exchange
 
 
 def may_close(exchange: Exchange, now: float) -> bool:
@@ -295,4 +307,4 @@ def close_with(exchange: Exchange, now: float) -> Exchange:
 def refuse_with(exchange: Exchange, error: RefusedError, now: float) -> Exchange:
     """Return the exchange, refused because the contributions do not go together."""
     message, remedy = (printable(text, most=REFUSAL_CHARACTERS) for text in (error.message, error.remedy))
-    return replace(exchange, outcome=Refused(now, message, remedy, error.code))
+    return replace(exchange, outcome=Refused(now, message, remedy, error.code, exchange.counted))

@@ -3,7 +3,8 @@
 Also what may begin, who is expected, and how far the runs are.
 
 Exchanges are stored as they were written down. Whatever can change while one is open (the sites of the federation, who
-has left a run, who has failed, whether the run is paused) is put in when it is handed out.
+has left a run, who has failed, whether the run is paused) is put in when it is handed out. So a refusal that was about
+other sites' contributions than those that count at the moment does not leave this module.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from nnunetv2.federated.errors import RefusedError
-from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at, may_close
+from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at, may_close, without_stale_refusal
 from nnunetv2.federated.exchanges.steps import fresh_exchange, prerequisite, step_of
 from nnunetv2.federated.protocol.api import FederationSettings, RunState
 from nnunetv2.federated.protocol.keys import InitialKey, Key, NumberedKey, RegistrationKey, RoundKey, RunKey
@@ -201,7 +202,7 @@ class ExchangeRegistry:
         control = self.control(key.run) if isinstance(key, RunKey) else RunControl()
         step = step_of(key)
         now = fresh_exchange(key, self.settings, expected=self.expected(key))
-        return replace(
+        present = replace(
             exchange,
             expected=now.expected,
             quorum=now.quorum,
@@ -215,6 +216,7 @@ class ExchangeRegistry:
             is_overtaken=step.is_overtaken(key, self),
             is_forced=str(key) in control.forced,
         )
+        return without_stale_refusal(present)
 
     # ------------------------------------------------------------------------------------------------------ closing
     def ready(self, now: float) -> list[Exchange]:
@@ -228,10 +230,9 @@ class ExchangeRegistry:
 
     def restarted(self, now: float) -> None:
         """Let deadlines count from the coordinator's start: nobody could contribute while it was away."""
-        for key in self._open:
-            exchange = self._exchanges[key]
+        for exchange in self.open_exchanges():
             if exchange.outcome is None:
-                self._exchanges[key] = replace(exchange, opened=now)
+                self._exchanges[exchange.key] = replace(self._exchanges[exchange.key], opened=now)
 
     def open_exchanges(self) -> list[Exchange]:
         """List the exchanges that have begun and have no result.

@@ -108,7 +108,10 @@ def test_what_was_refused_is_not_called_a_wait():
         refusal="labels.liver is 1 at north and 2 at south. Make dataset.json agree.",
     )
     text = text_of(make_status(runs=(), progress=(), waiting=(census,)))
-    assert "fingerprint/census is refused, until a site sends something else: labels.liver is 1 at north" in text
+    assert (
+        "fingerprint/census is refused, until a site sends something else or is revoked: labels.liver is 1 at north"
+        in text
+    )
     assert "not closed yet" not in text
 
 
@@ -135,7 +138,7 @@ def test_any_member_may_ask_and_a_site_may_leave(tmp_path, monkeypatch, capsys):
         assert f"run {RUN}: complete, 2 of 2 rounds closed" in text and "pseudo Dice 0.8000" in text
         assert re.search(r"waiting for B, C since [0-9]+ \w+: fingerprint/census \(A contributed\)", text)
         assert (
-            "plans/p is refused, until a site sends something else: the plans differ: plans.a is not the same at A"
+            "plans/p is refused, until a site sends something else or is revoked: the plans differ: plans.a is not the "
             in text
         )
         assert status.main(["--json"]) == 0

@@ -26,7 +26,14 @@ from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.protocol import keys, messages
 from nnunetv2.federated.protocol.api import FailureReport, GatheringStatus, RunAction, SettingsChange, Waiting
 from nnunetv2.federated.protocol.document import open_document
-from nnunetv2.federated.protocol.keys import AdmissionKey, InitialKey, RegistrationKey, RoundKey, ValidationKey
+from nnunetv2.federated.protocol.keys import (
+    AdmissionKey,
+    CensusKey,
+    InitialKey,
+    RegistrationKey,
+    RoundKey,
+    ValidationKey,
+)
 
 
 @pytest.fixture
@@ -384,6 +391,59 @@ def test_what_a_revoked_site_sent_does_not_count_when_it_is_invited_again(make_f
     again.update(0, "C", 3)
     for name, values in mean_of((1, 1), (2, 2), (3, 3)).items():
         np.testing.assert_allclose(again.aggregate(0)[1][name], values, rtol=1e-6)
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_planning_goes_on_without_a_site_whose_data_do_not_fit(make_federation, restarts):
+    federation = make_federation("A", "B", "C")
+    federation.send(CensusKey(), "C", make_census(labels={"background": 0, "liver": 2}))
+    for site in "AB":
+        federation.send(CensusKey(), site, make_census())
+    with pytest.raises(RefusedError, match="labels.liver is 1 at A, B and 2 at C"):
+        federation.coordinator.result(str(CensusKey()), "A")
+    if restarts:
+        federation.store.close()
+        again = Federation(federation.store.folder)
+        federation.store, federation = again.store, again
+        assert not federation.coordinator.worker._ready(), "nothing has changed"
+    federation.coordinator.revoke("C", by="boss")
+    federation.close()
+    assert federation.send(CensusKey(), "A", make_census()).waiting_for == ()
+    federation.coordinator.result(str(CensusKey()), "A")
+    assert federation.state.registry.get(CensusKey()).outcome.contributors == ("A", "B")
+
+
+def test_a_refusal_of_an_earlier_version_is_looked_at_again(make_federation):
+    federation = make_federation("A", "B")
+    federation.send(CensusKey(), "A", make_census())
+    federation.send(CensusKey(), "B", make_census(labels={"background": 0, "liver": 2}))
+    federation.store.close()
+    with sqlite3.connect(federation.store.folder / "coordinator.sqlite") as database:
+        (text,) = database.execute("SELECT outcome FROM gatherings").fetchone()
+        outcome = {name: value for name, value in json.loads(text).items() if name != "counted"}
+        database.execute("UPDATE gatherings SET outcome = ?", (json.dumps(outcome),))
+    database.close()
+    again = Federation(federation.store.folder)
+    federation.store = again.store
+    again.close()
+    assert again.state.registry.get(CensusKey()).outcome.counted == ("A", "B")
+    assert len(again.store.load_events("refusal")) == 2
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"\xff" * 100), lambda path: path.unlink()])
+def test_a_contribution_that_this_machine_has_damaged_is_sent_again(make_federation, damage):
+    federation = make_federation("A", "B")
+    federation.start("A", "B")
+    federation.update(0, "A", 1)
+    damage(next(federation.store.result_path(RoundKey(RUN, 0)).parent.glob("A.*")))
+    federation.update(0, "B", 2)
+    assert federation.coordinator.result(RoundKey(RUN, 0), "B").waiting_for == ("A",)
+    assert "contribution of site A was damaged" in federation.lines[-1]
+    (event,) = federation.store.load_events("dropped")
+    assert (event.site, event.key, event.detail["site"]) == (None, RoundKey(RUN, 0), "A")
+    federation.update(0, "A", 1)
+    for name, values in mean_of((1, 1), (2, 2)).items():
+        np.testing.assert_allclose(federation.aggregate(0)[1][name], values, rtol=1e-6)
 
 
 def test_a_reset_waits_for_what_is_being_written(make_federation, monkeypatch):

@@ -238,6 +238,12 @@ def test_a_refused_gathering_opens_again_with_a_correction():
     assert may_close(corrected, now=2)
 
 
+def test_of_a_refused_gathering_the_first_weights_do_not_stay():
+    state = refuse_with(add(add(exchange(), "A"), "B"), RefusedError("they differ"), now=1)
+    assert judge(state, "A", D1) is Verdict.SAME
+    assert judge(state, "A", D2) is Verdict.STORE
+
+
 def test_strangers_are_refused():
     with pytest.raises(RefusedError, match="site X does not take part"):
         judge(exchange(), "X", D1)
@@ -323,6 +329,21 @@ def test_a_revoked_site_does_not_count_any_more():
     assert book.get("runs/r/rounds/0").waiting_for == ("B",)
     contribute(book, "runs/r/rounds/0", "B")
     assert close_with(book.get("runs/r/rounds/0"), 1.0).outcome.contributors == ("A", "B")
+
+
+def test_a_refusal_is_about_the_sites_that_count():
+    book = started_book("A", "B", "C")
+    for site in "ABC":
+        contribute(book, "runs/r/rounds/0", site)
+    refused = refuse_with(book.get("runs/r/rounds/0"), RefusedError("C differs"), now=1.0)
+    book.put(refused)
+    assert not ready(book) and book.get("runs/r/rounds/0").refusal
+    book.controls["r"] = RunControl(left=frozenset("C"))
+    assert ready(book) == ["runs/r/rounds/0"] and not book.get("runs/r/rounds/0").refusal
+    book.controls["r"] = RunControl()
+    assert book.get("runs/r/rounds/0") == refused, "it is about the same contributions again"
+    book.settings = make_settings(sites=("A", "B"))
+    assert ready(book) == ["runs/r/rounds/0"]
 
 
 def test_a_failed_site_is_dropped_out_where_a_quorum_allows_it():

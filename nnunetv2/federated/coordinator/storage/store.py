@@ -1,9 +1,13 @@
 """Store the state of a federation: a SQLite database, one file per document.
 
     coordinator.sqlite                               settings, members, exchanges, contributions, results, events
-    exchanges/<key>/<site>.<digest>.safetensors      contributions
-    exchanges/<key>/result.safetensors               results, and result.<subset>.safetensors of single sites
+    gatherings/<key>/<site>.<digest>.safetensors     contributions
+    gatherings/<key>/result.safetensors              results, and result.<subset>.safetensors of single sites
     incoming/                                        uploads that are not complete
+    given/<digest>.safetensors                       weights of checkpoints that the operator has given
+    models/                                          models of runs that are over: `models/model_store.py`
+    tls/                                             keys and certificates: `http/tls.py`
+    lock                                             held by the process that serves the folder
 
 A row is written after the file that it speaks of is on the disk, and nothing is acknowledged before its row is. Files
 without a row are leftovers of a crash and are removed at the next start, as is what was being written beside them.
@@ -32,6 +36,7 @@ from nnunetv2.federated.exchanges.exchange import Closed, Contribution, Exchange
 from nnunetv2.federated.exchanges.registry import RunControl
 from nnunetv2.federated.exchanges.steps import fresh_exchange, parse_key
 from nnunetv2.federated.protocol.api import FederationSettings
+from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.protocol.keys import Key, NumberedKey
 from nnunetv2.utilities.atomic_write import flush_to_disk, remove_leftovers
 from nnunetv2.utilities.file_lock import lock_file
@@ -309,6 +314,16 @@ class Store:
             connection.execute("DELETE FROM contributions WHERE key = ? AND site = ?", (str(exchange.key), site))
             add_event(connection, event)
         self.contribution_path(exchange.key, site, exchange.contributions[site].digest).unlink(missing_ok=True)
+
+    def damaged_contributions(self, exchange: Exchange) -> list[str]:
+        """Name the sites whose contributions that count are not on the disk as they were received."""
+        damaged = []
+        for site in exchange.counted:
+            digest = exchange.contributions[site].digest
+            path = self.contribution_path(exchange.key, site, digest)
+            if not path.is_file() or file_digest(path) != digest:
+                damaged.append(site)
+        return damaged
 
     def save_closing(self, exchange: Exchange, digest: str, *, record: Mapping[str, Any] | None = None) -> None:
         """Remember that an exchange is closed; its result, with this digest, is in `result_path` already.
@@ -610,7 +625,7 @@ def _decode_outcome(text: str | None) -> Closed | Refused | None:
     if content.pop("closed"):
         names = ("contributors", "missing", "cohort")
         return Closed(content["time"], *(tuple(map(intern, content.get(name, ()))) for name in names))
-    return Refused(**content)
+    return Refused(**{**content, "counted": tuple(content.get("counted", ()))})  # not there at first
 
 
 def _check_folder(folder: Path) -> None:
