@@ -252,8 +252,9 @@ class DocumentReader:
 
     def forget(self, run: str) -> None:
         """Forget what was agreed on for a run that begins anew."""
-        self._agreements.pop(run, None)
-        self._forget_plans(run)
+        with self._lock:
+            self._agreements.pop(run, None)
+            self._forget_plans(run)
 
     # ------------------------------------------------------------------------------------------------- masked sums
     @property
@@ -279,6 +280,7 @@ class DocumentReader:
         return known
 
     def _forget_plans(self, run: str) -> None:
+        """Forget the plans of a run; the caller holds the lock."""
         for key in [key for key in self._plans if key.run == run]:
             del self._plans[key]
 

@@ -89,7 +89,9 @@ class ExchangeRegistry:
 
     def forget_run(self, run: str) -> None:
         """Forget a run in which no round has been closed."""
-        for key in [key for key in self._exchanges if isinstance(key, RunKey) and key.run == run]:
+        for key in list(self._exchanges):  # a copy: others put exchanges of other runs meanwhile
+            if not isinstance(key, RunKey) or key.run != run:
+                continue
             del self._exchanges[key]
             self._open.discard(key)
         self._runs.pop(run, None)
@@ -239,7 +241,8 @@ class ExchangeRegistry:
 
         Among them those that were refused.
         """
-        return [self._present(self._exchanges[key]) for key in sorted(self._open) if key in self._exchanges]
+        found = (self._exchanges.get(key) for key in sorted(self._open))  # None: its run has just been forgotten
+        return [self._present(exchange) for exchange in found if exchange is not None]
 
     # --------------------------------------------------------------------------------------------------------- runs
     @property

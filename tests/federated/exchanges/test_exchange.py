@@ -1,6 +1,9 @@
 """Rules of exchanges, as plain state."""
 
+import itertools
 import pickle
+import sys
+import threading
 
 import pytest
 from fake_federation import make_settings
@@ -405,6 +408,29 @@ def test_a_run_without_rounds_can_be_forgotten():
     book = started_book("A", "B")
     book.forget_run("r")
     assert book.runs() == [] and book.run_state("r").registered == ()
+
+
+def test_a_run_is_forgotten_while_others_go_on():
+    book = ExchangeRegistry(make_settings(), [exchange(f"runs/other/rounds/{number}") for number in range(1000)])
+    begun = [exchange(f"runs/r{number}/registration") for number in range(50)]
+    is_over, before = threading.Event(), sys.getswitchinterval()
+
+    def go_on() -> None:
+        for one in itertools.cycle(begun):
+            if is_over.is_set():
+                return
+            book.put(one)
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    sys.setswitchinterval(1e-4)
+    try:
+        for number in range(300):
+            book.forget_run(f"r{number % 50}")
+    finally:
+        is_over.set()
+        sys.setswitchinterval(before)
+        thread.join()
 
 
 def test_a_site_that_missed_the_first_statistics_is_not_waited_for_in_the_second():
