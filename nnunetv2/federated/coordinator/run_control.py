@@ -113,6 +113,9 @@ def _change(state: FederationState, run: str, action: str, name: str) -> None:
             "Begin another federation; its sites can start from the model of this one (--initial-weights).",
             code="run_stopped",
         )
+    now = state.registry.run_state(run)
+    if action == "pause" and now.closed:
+        raise RefusedError(f"run {run} is {now.state}: it cannot be paused any more", code="not_open")
     if action == "leave":
         control = replace(control, left=control.left | {name})
     elif action == "return":

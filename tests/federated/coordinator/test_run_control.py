@@ -240,6 +240,20 @@ def test_a_stopped_run_ends_with_its_last_round(make_federation):
     assert (folder / "fold_0" / "checkpoint_final.pth").exists()
 
 
+@pytest.mark.parametrize("end", ["stop", "complete"])
+def test_a_run_that_is_over_is_not_paused(make_federation, end):
+    federation = make_federation("A", "B", num_epochs=5 if end == "stop" else 1)
+    federation.start("A", "B")
+    federation.update(0, "A", 1), federation.update(0, "B", 2)
+    if end == "stop":
+        federation.act("stop")
+    before = federation.coordinator.run_state(RUN)
+    with pytest.raises(RefusedError, match="cannot be paused any more"):
+        federation.act("pause")
+    assert federation.coordinator.run_state(RUN) == before and before.closed
+    assert federation.coordinator.find_model(RUN).is_file()
+
+
 def test_a_run_that_was_stopped_before_its_first_round_says_so(make_federation):
     federation = make_federation("A", "B")
     federation.start("A", "B")
