@@ -45,6 +45,9 @@ def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
         "the invitation",
     )
     answer = ask(credential, "POST", "members", InviteAnswer, request)
+    if not answer.invitation:
+        show(f"{answer.name} takes part again; it comes through NVFlare and needs no invitation.")
+        return
     show(
         f"Send {answer.role} {answer.name} this line; it is good once, until {format_moment(answer.expires)}:",
         f"  {shell_command('nnUNetv2_fed_join', answer.invitation)}",
@@ -59,7 +62,7 @@ def invite(credential: SiteCredential, arguments: argparse.Namespace) -> None:
 def revoke(credential: SiteCredential, arguments: argparse.Namespace) -> None:
     """Take a credential away."""
     ask(credential, "DELETE", f"members/{quote(arguments.name)}")
-    show(f"The credential of {arguments.name} is revoked. `invite {arguments.name}` lets it back in.")
+    show(f"{arguments.name} is revoked, with its credential if it has one. `invite {arguments.name}` lets it back in.")
 
 
 def steer(credential: SiteCredential, arguments: argparse.Namespace) -> None:

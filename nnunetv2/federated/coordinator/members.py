@@ -134,33 +134,28 @@ class Members:
         A new site is expected from now on. The caller holds the lock "settings".
 
         Returns:
-            The secret of the invitation.
+            The secret of the invitation. Empty for a site that an engine knows: it takes part again at once.
 
         Raises:
             RefusedError: The name is taken by another role, or by a member that differs in upper and lower case only;
-                or there are as many sites as can be.
+                or there are as many sites as can be; or an engine is to bring the site, and it was not revoked.
         """
         with self._lock:
             now, settings = self._state.clock(), self._state.settings
             present = self._state.member_records.get(name)
             if role == "site" and self._membership == "engine":
-                raise RefusedError(
-                    f"the sites of this federation come through NVFlare: {name} cannot be invited",
-                    "Let the operator of the NVFlare network add it; the next job admits it.",
-                    code="forbidden",
-                )
+                self._let_back_in(name, by=by)
+                return ""
             known = None if present is None else present.identity
             newcomer = MemberRecord(name, role, "invited", None, now, known)
             self._check_places([newcomer])
             if present is None or present.state == "revoked":
                 present = newcomer
             invitation = new_invitation(name, now=now, lifetime_s=lifetime_s)
-            if role == "site" and name not in settings.sites:
-                settings = settings.model_copy(update={"sites": tuple(sorted((*settings.sites, name)))})
             self._state.save_members(
                 [present],
                 [*self._withdrawn(name), invitation],
-                settings=settings,
+                settings=_with_sites(settings, name) if role == "site" else settings,
                 event=self._state.event(
                     "invitation", by, None, {"member": name, "role": role, "expires": invitation.expires}
                 ),
@@ -168,10 +163,32 @@ class Members:
             assert invitation.secret is not None  # it is new
             return invitation.secret
 
+    def _let_back_in(self, name: str, *, by: str) -> None:
+        """Expect a site again that an engine knows and an operator has revoked."""
+        present = self._state.member_records.get(name)
+        if present is None or present.state != "revoked":
+            raise RefusedError(
+                f"the sites of this federation come through NVFlare: {name} cannot be invited",
+                "Let the operator of the NVFlare network add it; the next job admits it. "
+                "One that was revoked here is let back in by an invitation.",
+                code="forbidden",
+            )
+        back = replace(present, role="site", state="active", since=self._state.clock())
+        self._check_places([back])
+        if back.identity is not None:
+            self._check_identity(back, back.identity)  # another site may have brought it since
+        self._state.save_members(
+            [back],
+            [],
+            settings=_with_sites(self._state.settings, name),
+            event=self._state.event("admission", by, None, {"sites": [name]}),
+        )
+
     def admit(self, names: Iterable[str], *, by: str) -> tuple[str, ...]:
         """Expect further sites that an engine knows, and return those that are new; see `invite`.
 
-        One that was revoked stays so: an operator has said it. The caller holds the lock "settings".
+        One that was revoked stays so until an operator invites it: an operator has said it. The caller holds the lock
+        "settings".
 
         Raises:
             RefusedError: As `invite` does; then none is admitted.
@@ -186,7 +203,7 @@ class Members:
             self._state.save_members(
                 newcomers,
                 [],
-                settings=settings.model_copy(update={"sites": tuple(sorted((*settings.sites, *new)))}),
+                settings=_with_sites(settings, *new),
                 event=self._state.event("admission", by, None, {"sites": list(new)}),
             )
             return new
@@ -379,7 +396,7 @@ class Members:
         """Return the member that a bearer token belongs to.
 
         Raises:
-            RefusedError: It belongs to none; the code is `unauthorized`, or `revoked` for a member's old token.
+            RefusedError: It belongs to none, or to nobody any more; the code is `unauthorized`.
         """
         return self.authenticate_hash(token.partition(".")[0], hash_secret(token))
 
@@ -494,6 +511,11 @@ class Members:
             api.TrafficStatus(site=site, key=key, bytes_received=count.received, bytes_sent=count.sent)
             for _, site, key, count in latest
         )
+
+
+def _with_sites(settings: api.FederationSettings, *names: str) -> api.FederationSettings:
+    """Return the settings with these sites among the others."""
+    return settings.model_copy(update={"sites": tuple(sorted({*settings.sites, *names}))})
 
 
 def _check_name(name: str) -> None:

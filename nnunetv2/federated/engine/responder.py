@@ -98,7 +98,7 @@ class Responder:
         if site not in self._coordinator.settings.sites:
             raise RefusedError(
                 f"{site} is no site of {self._coordinator.settings.federation}, or was revoked",
-                "Ask the operator of the coordinator.",
+                "Ask the operator of the coordinator, who can let it back in (nnUNetv2_fed_admin invite).",
                 code="unauthorized",
             )
 

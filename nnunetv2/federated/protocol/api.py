@@ -202,6 +202,7 @@ class InviteAnswer(Part):
     name: SiteName
     role: Literal["site", "observer", "operator"]
     invitation: LongText
+    """Empty for a site that an engine knows: it takes part again without one."""
     expires: Finite
 
 

@@ -32,6 +32,11 @@ def test_operators_are_served_on_the_servers_machine_while_the_job_runs(tmp_path
             with pytest.raises(RefusedError, match="come through NVFlare: C cannot be invited"):
                 admin_command(["--folder", str(folder), "invite", "C"])
             assert admin_command(["--folder", str(folder), "invite", "eve", "--role", "observer"]) == 0
+            capsys.readouterr()
+            assert admin_command(["--folder", str(folder), "revoke", "B"]) == 0
+            assert "`invite B` lets it back in" in capsys.readouterr().out
+            assert admin_command(["--folder", str(folder), "invite", "B"]) == 0
+            assert capsys.readouterr().out.startswith("B takes part again")
         finally:
             server.stop()
         assert not (folder / "operator.json").exists()

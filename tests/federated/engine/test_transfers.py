@@ -422,6 +422,19 @@ def test_sites_that_are_new_in_a_job_are_admitted_and_the_others_stay(ends):
     assert ends.coordinator.settings.sites == ("A", "B"), "what an operator has said stays"
 
 
+def test_an_operator_lets_a_revoked_site_back_in(ends):
+    ends.contribute("A", CensusKey(), make_census())
+    ends.coordinator.revoke("A", by="operator")
+    assert ends.coordinator.invite("A", "site", by="operator") == ""
+    assert ends.remotes["A"].settings.sites == ("A", "B")
+    assert {one.site: one.state for one in ends.coordinator.members.status()} == {"A": "active", "B": "active"}
+    assert not ends.coordinator.state.registry.get(CensusKey()).contributions, "it may have been somebody else's"
+    again = Coordinator(ends.coordinator.state.store)
+    assert again.settings == ends.coordinator.settings and not again.members.is_revoked("A")
+    with pytest.raises(RefusedError, match="come through NVFlare: A cannot be invited"):
+        ends.coordinator.invite("A", "site", by="operator")
+
+
 @pytest.mark.parametrize(
     ("names", "code"),
     [

@@ -68,7 +68,8 @@ class MemberRoutes:
                 name=wanted.name,
                 role=wanted.role,
                 expires=coordinator.state.clock() + wanted.lifetime_s,
-                invitation=self._endpoint.invitation(
+                invitation=secret  # empty where none is needed
+                and self._endpoint.invitation(
                     coordinator.settings.federation,
                     wanted.name,
                     secret,
