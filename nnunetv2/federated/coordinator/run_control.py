@@ -9,7 +9,8 @@ leave    rounds do not wait for the site any more         return   they do again
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Literal
@@ -65,12 +66,28 @@ def act(state: FederationState, run: str, action: api.RunAction, member: Member)
     return state.registry.run_state(run)
 
 
-def new_failure_budget() -> TokenBucket:
-    """Return what each site may report of failures, since the start."""
-    return TokenBucket(per_s=FAILURES_PER_DAY / 86_400, at_once=FAILURES_PER_DAY)
+class FailureBudget:
+    """The failures that each site may report, since the start. Safe for use by several threads.
+
+    Args:
+        clock: Seconds, from any moment on: that of the day may be set back, and sites would be refused until then.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._bucket = TokenBucket(per_s=FAILURES_PER_DAY / 86_400, at_once=FAILURES_PER_DAY)
+
+    def spend(self, site: str) -> None:
+        """Count a report, or raise RefusedError if the site has reported failures all day."""
+        if self._bucket.take(site, self._clock()):
+            raise RefusedError(
+                f"site {site} has reported {FAILURES_PER_DAY} failures of late",
+                "Look at its output.",
+                code="too_many_requests",
+            )
 
 
-def report_failure(state: FederationState, budget: TokenBucket, site: str, report: api.FailureReport) -> None:
+def report_failure(state: FederationState, budget: FailureBudget, site: str, report: api.FailureReport) -> None:
     """Remember that a site cannot go on.
 
     With a quorum, the round does not wait for it.
@@ -82,13 +99,7 @@ def report_failure(state: FederationState, budget: TokenBucket, site: str, repor
         raise _unknown_run(state, report.run)
     if site in state.registry.control(report.run).left:
         return  # nobody waits for it, and that its training has ended follows
-    if budget.wait_s(site, state.clock()):
-        raise RefusedError(
-            f"site {site} has reported {FAILURES_PER_DAY} failures of late",
-            "Look at its output.",
-            code="too_many_requests",
-        )
-    budget.spend(site, state.clock())
+    budget.spend(site)
     report = report.model_copy(update={"reason": excerpt(report.reason, LOGGED_CHARACTERS)})
     event = state.event("failure", site, None, report.model_dump(mode="json"))
     where = f"run {report.run}" + (f", round {report.round}" if report.round is not None else "")

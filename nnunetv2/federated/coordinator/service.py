@@ -69,7 +69,7 @@ class Coordinator:
         self.models = ModelStore(self.state)
         self.worker = AggregationWorker(self.state, self.members, self.models)
         self.uploads = PartialUploads(store.folder / "incoming")
-        self._failure_budget = run_control.new_failure_budget()
+        self._failure_budget = run_control.FailureBudget()
         self._reading = threading.Lock()
 
     @property

@@ -10,7 +10,7 @@ from fake_federation import RUN, make_census, make_registration, make_settings, 
 
 from nnunetv2.federated.commands import audit_log
 from nnunetv2.federated.coordinator.dashboard import audit_tail
-from nnunetv2.federated.coordinator.run_control import FAILURES_PER_DAY
+from nnunetv2.federated.coordinator.run_control import FAILURES_PER_DAY, FailureBudget
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.audit_log import LOGGED_CHARACTERS, Event
 from nnunetv2.federated.errors import RefusedError
@@ -113,7 +113,7 @@ def test_what_earlier_versions_wrote_down_is_shown_shortened(federation, capsys)
 def test_a_site_may_fail_some_hundred_times_a_day(tmp_path):
     with served(tmp_path / "federation", make_settings(sites=("A", "B"))) as federation:
         now, coordinator = [1000.0], federation.coordinator
-        coordinator.state.clock = lambda: now[0]
+        coordinator._failure_budget = FailureBudget(clock=lambda: now[0])
         federation.credential("A"), federation.credential("B")
         with federation.client("A") as client:
             client.contribute(RegistrationKey(RUN), make_registration())
@@ -125,6 +125,9 @@ def test_a_site_may_fail_some_hundred_times_a_day(tmp_path):
         assert info.value.code == "too_many_requests"
         assert ask(federation, "A", "POST", "failures", report()).status_code == 429
         coordinator.report_failure("B", failed)
+        coordinator.state.clock = lambda: 1e6  # decades ago: somebody has set the clock of the machine
+        with pytest.raises(RefusedError):
+            coordinator.report_failure("A", failed)
         now[0] += 86_400 / FAILURES_PER_DAY + 1
         coordinator.report_failure("A", failed)
         assert len(coordinator.state.store.load_events("failure")) == FAILURES_PER_DAY + 2

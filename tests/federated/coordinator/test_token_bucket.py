@@ -1,3 +1,6 @@
+import sys
+import threading
+
 from nnunetv2.federated.coordinator import token_bucket
 from nnunetv2.federated.coordinator.token_bucket import TokenBucket
 
@@ -11,6 +14,26 @@ def test_what_was_spent_comes_back_with_time():
     assert bucket.wait_s("A", 10.25) == 0.25
     assert bucket.wait_s("A", 10.5) == 0
     assert bucket.wait_s("B", 10.0) == 0
+
+
+def test_threads_together_spend_no_more_than_there_is():
+    bucket, begin, outcomes = TokenBucket(per_s=1e-9, at_once=50), threading.Barrier(8), []
+
+    def take() -> None:
+        begin.wait()
+        outcomes.extend(bucket.take("A", 10.0) for _ in range(100))
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=take) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert len(outcomes) == 800 and outcomes.count(0.0) == 50
 
 
 def test_only_so_many_are_remembered(monkeypatch):
