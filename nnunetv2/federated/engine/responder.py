@@ -18,7 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from nnunetv2.federated.coordinator.http.error_responses import problem_of
-from nnunetv2.federated.coordinator.http.rate_limits import Limits
+from nnunetv2.federated.coordinator.http.rate_limits import Limits, lines_of_contribution
 from nnunetv2.federated.coordinator.members import Member
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.site_service import Result
@@ -33,8 +33,10 @@ logger = logging.getLogger(__name__)
 STORING_THREADS = 4
 SHOWN_FILES = 8
 """Files of one site that it may still read: the latest ones."""
-CHANGING = ("act", "report_failure", "offer", "piece", "identify")
-"""Requests whose refusal may leave a line in the audit log."""
+REPORTING = ("act", "report_failure", "identify")
+"""Requests that may leave a line in the audit log,"""
+CHANGING = (*REPORTING, "offer", "piece")
+"""and those whose refusal may."""
 
 
 class Responder:
@@ -80,6 +82,8 @@ class Responder:
             self._check_budget(site, op)
             self._check_member(site)
             answer, content = self._do(site, request, piece)
+            if op in REPORTING:
+                self._spend_lines(site)
         except Exception as error:  # noqa: BLE001 - the one table of refusals, as over HTTP
             answer = self._refuse(site, op, error)
         reply = encode_frame(answer, content)
@@ -89,10 +93,13 @@ class Responder:
     # ------------------------------------------------------------------------------------------------- who may ask
     def _check_budget(self, site: str, op: str) -> None:
         now = self._clock()
-        wait_s = self._requests.wait_s(site, now) or (self._lines.wait_s(site, now) if op in CHANGING else 0.0)
+        wait_s = (self._lines.wait_s(site, now) if op in CHANGING else 0.0) or self._requests.take(site, now)
         if wait_s:
             raise RefusedError(f"{site} asks too much", f"Ask again in {wait_s:.0f} s.", code="too_many_requests")
-        self._requests.spend(site, now)
+
+    def _spend_lines(self, site: str, lines: int = 1) -> None:
+        if lines:
+            self._lines.spend(site, self._clock(), lines)
 
     def _check_member(self, site: str) -> None:
         if site not in self._coordinator.settings.sites:
@@ -107,7 +114,7 @@ class Responder:
         if status >= 500:
             logger.error("%s of site %s", op or "a request", site, exc_info=error)
         if op in CHANGING:
-            self._lines.spend(site, self._clock())
+            self._spend_lines(site)
         return Answer(problem=problem)
 
     # -------------------------------------------------------------------------------------------------- operations
@@ -201,7 +208,9 @@ class Responder:
             for other in [one for one, future in self._storing.items() if one[0] == site and future.done()]:
                 del self._storing[other]
             if place not in self._storing:
-                self._storing[place] = self._pool.submit(self._store, site, request, digest, piece)
+                future = self._storing[place] = self._pool.submit(self._store, site, request, digest, piece)
+                # Whether the site asks what has become of it or not.
+                future.add_done_callback(lambda done: self._spend_lines(site, int(done.exception() is not None)))
 
     def _store(self, site: str, request: Request, digest: str, piece: bytes) -> api.Receipt:
         """Append the last piece, check the document, and give it to the coordinator."""
@@ -215,9 +224,11 @@ class Responder:
                         "the document was damaged on its way: its SHA-256 differs", code="damaged_in_transit"
                     )
                 upload.complete()
-                return coordinator.contribute(key, site, upload.path, digest, request.size)
+                receipt = coordinator.contribute(key, site, upload.path, digest, request.size)
             finally:
                 upload.discard()
+        self._spend_lines(site, lines_of_contribution(key, is_refused=False))
+        return receipt
 
     # ------------------------------------------------------------------------------------------------------ results
     def _result(self, site: str, request: Request) -> Answer:

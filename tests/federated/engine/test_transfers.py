@@ -15,7 +15,7 @@ from fake_federation import RUN, make_census, make_registration, make_settings, 
 from patience import PATIENCE_S
 
 from nnunetv2.federated.coordinator.http.rate_limits import Limits
-from nnunetv2.federated.coordinator.members import create_federation
+from nnunetv2.federated.coordinator.members import Member, create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.site_service import Result
 from nnunetv2.federated.coordinator.storage.store import Store
@@ -27,7 +27,7 @@ from nnunetv2.federated.errors import RefusedError, WireError
 from nnunetv2.federated.protocol import api, messages
 from nnunetv2.federated.protocol.api import Secure
 from nnunetv2.federated.protocol.document import TensorSpec, open_document, write_document
-from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, PlansKey, RegistrationKey
+from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, PlansKey, RegistrationKey, RoundKey
 from nnunetv2.federated.site.results import weights_bytes
 
 SHAPES = {"encoder.weight": (1000, 1300)}
@@ -393,6 +393,47 @@ def test_who_asks_too_much_has_to_wait(tmp_path):
             _ = ends.remotes["A"].settings
         assert refused.value.code == "too_many_requests"
         assert ends.remotes["B"].settings.federation == "test"
+
+
+def test_a_site_of_an_engine_cannot_fill_the_log_either(tmp_path):
+    limits = Limits(lines_per_s=1e-6, lines_at_once=6.0)
+
+    def leave_for_ever(ends) -> None:
+        for number in range(99):
+            action = api.RunAction(action="leave" if number % 2 == 0 else "return")
+            ends.remotes["A"].act(RUN, action, Member("A", "site"))
+
+    def fail_for_ever(ends) -> None:
+        request = Request(op="report_failure", body=api.FailureReport(run=RUN, reason="x").model_dump_json())
+        for _ in range(99):
+            answer, _ = decode_frame(Answer, ends.responder.answer("A", encode_frame(request)))
+            if answer.problem is not None:
+                raise RefusedError(answer.problem.message, code=answer.problem.code)
+
+    def contribute_for_ever(ends) -> None:
+        for number in range(99):
+            ends.contribute("A", CensusKey(), make_census(num_cases=3 + number))
+
+    for number, act in enumerate((leave_for_ever, fail_for_ever, contribute_for_ever)):
+        with both_ends(tmp_path / str(number), limits=limits) as ends:
+            ends.begin()
+            with pytest.raises(RefusedError) as refused:
+                act(ends)
+            assert refused.value.code == "too_many_requests"
+            assert ends.remotes["B"].settings.federation == "test"
+            assert len(ends.coordinator.state.store.load_events()) <= 16
+
+
+def test_a_site_of_an_engine_may_send_as_many_updates_as_there_are_rounds(tmp_path):
+    with both_ends(tmp_path, limits=Limits(lines_per_s=1e-6, lines_at_once=2.0)) as ends:
+        ends.begin()
+        ends.contribute("A", InitialKey(RUN), messages.Update(), make_weights(0, SHAPES))
+        ends.contribute("B", InitialKey(RUN), messages.Update())
+        wait_until(lambda: ends.coordinator.state.registry.is_closed(InitialKey(RUN)))
+        for number in range(3):
+            for site in "AB":
+                ends.contribute(site, RoundKey(RUN, number), messages.Update(), make_weights(number, SHAPES))
+            wait_until(lambda: ends.coordinator.state.registry.is_closed(RoundKey(RUN, number)))  # noqa: B023
 
 
 def test_traffic_is_counted_for_the_site_that_asks(ends):

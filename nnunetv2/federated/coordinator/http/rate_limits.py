@@ -78,14 +78,22 @@ def address_group(host: str) -> str:
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-_ROUTINE = re.compile(r"(/v1/offers/.*)|(/v1/gatherings/runs/[^/]+/(initial|rounds/[0-9]+|validations/[0-9]+))")
+_ROUTINE = re.compile(r"runs/[^/]+/(initial|rounds/[0-9]+|validations/[0-9]+)")
 
 
 def lines_caused(method: str, path: str, status: int) -> int:
     """Return the number of unwanted audit log lines that a member's request may have caused."""
     if method in ("GET", "HEAD"):
         return 0
-    return 0 if status < 300 and _ROUTINE.fullmatch(path) else 1
+    part, _, key = path.removeprefix("/v1/").partition("/")
+    if part == "gatherings":
+        return lines_of_contribution(key, is_refused=status >= 300)
+    return 0 if status < 300 and part == "offers" else 1
+
+
+def lines_of_contribution(key: str, *, is_refused: bool) -> int:
+    """Return the number of unwanted lines that a document may have caused, however it has come."""
+    return 0 if _ROUTINE.fullmatch(key) and not is_refused else 1
 
 
 # ------------------------------------------------------------------------------------------------------------- pace
