@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 import zipfile
 
 import pytest
@@ -110,6 +111,20 @@ def test_asking_whether_there_is_a_model_fetches_none(finished, monkeypatch):
     assert requests.head(url, timeout=30).status_code == 401
     assert requests.head(url.replace(RUN, "other"), headers=authorization, timeout=30).status_code == 404
     assert finished.state.store.load_events("fetch") == before
+
+
+def test_a_model_is_read_once_however_many_ask_at_the_same_time(finished, monkeypatch):
+    read, file_digest = [], model_store.file_digest
+
+    def read_slowly(path) -> str:
+        read.append(path)
+        time.sleep(0.2)
+        return file_digest(path)
+
+    monkeypatch.setattr(model_store, "file_digest", read_slowly)
+    model_store._digest.cache_clear()
+    models = in_threads(*(lambda: finished.coordinator.fetch_model(RUN, member="A") for _ in range(10)))
+    assert len(read) == 1 and len(set(models)) == 1
 
 
 def test_who_has_fetched_a_model_is_logged_once(finished, tmp_path):

@@ -6,6 +6,7 @@ Everything happens through a coordinator without HTTP and without its thread: wh
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import threading
 import zipfile
@@ -238,6 +239,34 @@ def test_a_stopped_run_ends_with_its_last_round(make_federation):
     assert federation.aggregate(1)[0].round == 0
     folder = federation.store.folder / "models" / "nnUNetTrainerFake__nnUNetPlans__3d_fullres"
     assert (folder / "fold_0" / "checkpoint_final.pth").exists()
+
+
+@pytest.mark.parametrize("lose", [lambda zip: zip.unlink(), lambda zip: shutil.rmtree(zip.parent)])
+def test_a_model_that_was_lost_is_written_again_with_all_folds(make_federation, lose):
+    federation = make_federation("A", "B", num_epochs=1)
+    runs = (RUN, RUN.replace("fold_0", "fold_1"))
+    for fold, run in enumerate(runs):
+        for number, site in enumerate("AB"):
+            registration = make_registration(number + 1).model_copy(update={"fold": str(fold)})
+            federation.send(RegistrationKey(run), site, registration)
+        for site in "AB":
+            weights = make_weights(0) if site == "B" else {}
+            federation.send(InitialKey(run), site, messages.Update(), weights)
+        for site in "AB":
+            federation.send(RoundKey(run, 0), site, messages.Update(), make_weights(fold))
+    path = federation.coordinator.find_model(RUN)
+    names = zipfile.ZipFile(path).namelist()
+    lose(path)
+    federation.store.close()
+    again = Federation(federation.store.folder)
+    federation.store = again.store
+    again.coordinator.start()
+    again.coordinator.stop()
+    assert {again.coordinator.find_model(run) for run in runs} == {path}
+    assert zipfile.ZipFile(path).namelist() == names and any("fold_1" in name for name in names)
+    written = len(again.store.load_events("model"))
+    again.coordinator.worker.tidy_up(RUN)
+    assert len(again.store.load_events("model")) == written, "it is there"
 
 
 @pytest.mark.parametrize("end", ["stop", "complete"])

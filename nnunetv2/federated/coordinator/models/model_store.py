@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
 from nnunetv2.federated.coordinator.models.model_folder import keep_models, keep_models_of_networks, name_of_zip
-from nnunetv2.federated.coordinator.state import FederationState
+from nnunetv2.federated.coordinator.state import FederationState, Locks
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.documents import Agreement
 from nnunetv2.federated.exchanges.network_groups import foresee_networks
@@ -18,6 +19,7 @@ from nnunetv2.federated.exchanges.outlook import Outlook, foresee_model
 from nnunetv2.federated.protocol import api
 from nnunetv2.federated.protocol.document import file_digest
 from nnunetv2.federated.protocol.keys import RegistrationKey
+from nnunetv2.utilities.atomic_write import flush_to_disk
 
 FOLDER = "models"
 _RECORDS = 100
@@ -38,13 +40,15 @@ class ModelStore:
     def __init__(self, state: FederationState) -> None:
         self._state = state
         self._lock = threading.Lock()
+        self._digesting = Locks()
         self._outlooks: dict[str, tuple[Agreement, Outlook]] = {}
         """Run -> what will become of its averages, and what that follows from."""
 
     def keep(self, run: str) -> None:
-        """Write the model of a run that is over, once for each content."""
+        """Write the model of a run that is over, once for each content, and again if its zip file was lost."""
         state, rounds = self._state, self._made_of(run)
-        if self._outcome(run, rounds) is not None:
+        known = self._outcome(run, rounds)
+        if known is not None and self._is_kept(run, known):
             return
         final = rounds["final"]
         assert final is not None, run  # a run of no closed round has no model
@@ -56,8 +60,25 @@ class ModelStore:
             else partial(keep_models_of_networks, rounds_until=lambda number: self._rounds_until(run, number))
         )
         text = keep(run, folder, final=final, best=rounds["best"], archive=state.documents)
+        # What the log tells of is on the disk, its name included.
+        for written in (state.store.folder, folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            flush_to_disk(written)
         state.record("model", None, run, {"outcome": text, "rounds": rounds})
         state.log(f"run {run} is over: {text}")
+
+    def _is_kept(self, run: str, outcome: str) -> bool:
+        """Tell whether the model that a line of the log tells of is on the disk; also if it tells of none."""
+        try:
+            path = self._state.store.folder / FOLDER / name_of_zip(outcome)
+        except RefusedError:
+            return True
+        _, registration = next(self._state.documents.each_registration(run))
+        end = f"/fold_{registration.fold}/checkpoint_final.pth"  # runs of several folds share a file
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith(end) for name in archive.namelist())
+        except (FileNotFoundError, zipfile.BadZipFile):
+            return False
 
     def _rounds_until(self, run: str, number: int) -> set[tuple[frozenset[str], int]]:
         """Return, of the rounds of a run up to one, the sites, and the fewest that average a tensor."""
@@ -108,7 +129,8 @@ class ModelStore:
         Raises as `find`.
         """
         path = self.find(run)
-        model = KeptModel(path, _digest(path, *_identity(path)))
+        with self._digesting[str(path)]:  # when a run is over all sites ask at once, and one reading does for all
+            model = KeptModel(path, _digest(path, *_identity(path)))
         self._record_fetch(run, member, model.digest)
         return model
 
