@@ -80,7 +80,8 @@ def _describe(status: Status, *, url: str, outlooks: Outlooks | None, privacy: D
 
 def _describe_run(state: RunState, progress: RunProgress, status: Status) -> Iterator[str]:
     total = f" of {state.num_rounds}" if state.num_rounds is not None else ""
-    yield f"run {state.run}: {state.state}, {state.rounds_closed}{total} rounds closed{_describe_pace(state, progress)}"
+    pace = _describe_pace(state, progress, status.time)
+    yield f"run {state.run}: {state.state}, {state.rounds_closed}{total} rounds closed{pace}"
     waiting = [one for one in status.waiting if one.key.startswith(f"runs/{state.run}/")]
     for exchange in waiting:
         if not exchange.key.startswith(f"runs/{state.run}/validations/"):  # which nobody waits for
@@ -115,14 +116,13 @@ def _describe_outlook(outlook: RunOutlook) -> Iterator[str]:
         yield f"common model: with the network of {outlook.trainer}"
 
 
-def _describe_pace(state: RunState, progress: RunProgress) -> str:
+def _describe_pace(state: RunState, progress: RunProgress, now: float) -> str:
+    from nnunetv2.federated.exchanges.pace import seconds_left
+
     if progress.round_s is None or state.closed:
         return ""
-    left = (
-        ""
-        if state.num_rounds is None
-        else f", about {format_duration(progress.round_s * (state.num_rounds - state.rounds_closed))} left"
-    )
+    left_s = seconds_left(state, round_s=progress.round_s, last_closed=progress.last_closed, now=now)
+    left = "" if left_s is None else f", about {format_duration(left_s)} left"
     return f"; {format_duration(progress.round_s)} per round{left}"
 
 

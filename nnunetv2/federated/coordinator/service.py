@@ -7,9 +7,7 @@ the results, one exchange at a time, so that memory stays small.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
-import statistics
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,6 +29,7 @@ from nnunetv2.federated.coordinator.storage.quotas import check_room
 from nnunetv2.federated.coordinator.storage.store import Role, Store, Traffic
 from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, Refused, Verdict, judge
+from nnunetv2.federated.exchanges.pace import RECENT_ROUNDS, typical_duration
 from nnunetv2.federated.exchanges.secure_sums import check_secure_settings
 from nnunetv2.federated.exchanges.steps import parse_key, prerequisite, step_of
 from nnunetv2.federated.protocol import api
@@ -44,8 +43,6 @@ logger = logging.getLogger(__name__)
 SHOWN_FAILURES = 100
 SHOWN_EXCHANGES = 1000
 """Open exchanges, and runs, that the status lists. Sites can open many; people cannot read more."""
-RECENT_ROUNDS = 10
-"""Rounds whose durations tell how long the others will take."""
 
 
 class Coordinator:
@@ -486,12 +483,11 @@ class Coordinator:
         if latest is None:
             return api.RunProgress(run=run)
         moments = self.state.registry.closed_at(run, RECENT_ROUNDS + 1)
-        durations = [later - earlier for earlier, later in itertools.pairwise(moments)]
         found = self.state.store.load_last_validation(run)
         return api.RunProgress(
             run=run,
             last_closed=moments[-1],
-            round_s=statistics.median(durations) if durations else None,
+            round_s=typical_duration(moments),
             validation=None
             if found is None
             else api.ValidationStatus(**{name: found[name] for name in api.ValidationStatus.model_fields}),

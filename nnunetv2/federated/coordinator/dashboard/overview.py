@@ -7,10 +7,8 @@ is computed at most a few times a second, however many they are, and those who w
 from __future__ import annotations
 
 import asyncio
-import itertools
 import secrets
 import shutil
-import statistics
 import time
 from collections import defaultdict
 from contextlib import suppress
@@ -23,8 +21,10 @@ from nnunetv2.federated.coordinator.dashboard.audit_tail import LogTail
 from nnunetv2.federated.coordinator.models.model_folder import without_values
 from nnunetv2.federated.coordinator.notifier import ANYTHING, Notifier
 from nnunetv2.federated.coordinator.service import Coordinator
+from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.declared_privacy import describe_privacy
 from nnunetv2.federated.exchanges.exchange import Closed, Exchange, due_at
+from nnunetv2.federated.exchanges.pace import RECENT_ROUNDS, seconds_left, typical_duration
 from nnunetv2.federated.exchanges.steps import prerequisite
 from nnunetv2.federated.protocol.api import SiteStatus, describe_methods
 from nnunetv2.federated.protocol.keys import InitialKey, Key, RegistrationKey, RoundKey, RunKey, SurvivorsKey, UploadKey
@@ -41,8 +41,6 @@ from nnunetv2.federated.protocol.messages import (
 )
 from nnunetv2.federated.protocol.strict_json import encode_json
 
-RECENT_ROUNDS = 10
-"""Rounds whose durations tell how long the others will take."""
 SHORTEST_INTERVAL_S = 0.5
 """Between two computations: what happens faster is shown together."""
 
@@ -184,7 +182,6 @@ class OverviewBuilder:
         self.tail = LogTail(self._state.store, is_run=self._state.registry.has_run)
         self._started = self._state.clock()
         self._invited: set[str] = set()
-        self._durations: dict[str, tuple[int, float | None]] = {}
 
     def build(self, revision: str = "") -> Overview:
         """Return the overview of this moment."""
@@ -250,10 +247,12 @@ class OverviewBuilder:
     # ---------------------------------------------------------------------------------------------------- one run
     def _run(self, run: str) -> RunView:
         registry = self._state.registry
-        state, latest = registry.run_state(run), self._last_closing(run)
-        exchange = None if state.closed else self._open_exchange(run)
+        state = registry.run_state(run)  # all else is about this moment: a round may close meanwhile
+        latest = self._closing(run, state.rounds_closed - 1)
+        exchange = None if state.closed else self._open_exchange(run, state.rounds_closed)
         validation = self._state.store.load_last_validation(run) or {}
-        round_s = self._round_seconds(run, state.rounds_closed)
+        round_s = typical_duration(registry.closed_at(run, RECENT_ROUNDS + 1))
+        last_closed = latest.time if latest else None
         return RunView(
             run=run,
             state=state.state,
@@ -262,8 +261,8 @@ class OverviewBuilder:
             meeting=None if exchange is None else self._exchange_view(exchange),
             members=() if exchange is None else self._members(run, exchange),
             round_s=round_s,
-            left_s=None if state.closed else self._seconds_left(run, round_s),
-            last_closed=latest.time if latest else None,
+            left_s=seconds_left(state, round_s=round_s, last_closed=last_closed, now=self._state.clock()),
+            last_closed=last_closed,
             last_missing=latest.missing if latest else (),
             validated_round=validation.get("round"),
             model=self._model(run)[:8000],
@@ -272,10 +271,10 @@ class OverviewBuilder:
             **{name: validation.get(name) for name in ("mean_dice", "ema_dice", "best_round", "best_ema_dice")},
         )
 
-    def _last_closing(self, run: str) -> Closed | None:
-        """Return how the last round of a run that is closed was closed, or None."""
-        latest = self._state.registry.latest_round(run)
-        return latest.outcome if latest is not None and isinstance(latest.outcome, Closed) else None
+    def _closing(self, run: str, number: int) -> Closed | None:
+        """Return how a round was closed, or None."""
+        exchange = self._state.registry.get(RoundKey(run, number)) if number >= 0 else None
+        return exchange.outcome if exchange is not None and isinstance(exchange.outcome, Closed) else None
 
     def _model(self, run: str) -> str:
         return self.tail.models.get(run, "") or str(self._coordinator.models.outlook(run) or "")
@@ -289,16 +288,18 @@ class OverviewBuilder:
             return ""
         return describe_privacy(self._state.documents.agreement(run).privacy)
 
-    def _open_exchange(self, run: str) -> Exchange:
-        """Return what a run waits for, begun or not."""
+    def _open_exchange(self, run: str, number: int) -> Exchange | None:
+        """Return what a run waits for, begun or not, up to a round; None if that was closed meanwhile."""
         registry = self._state.registry
-        latest = registry.latest_number(run)
-        number = 0 if latest is None else latest + 1
         keys: list[Key] = [RegistrationKey(run), InitialKey(run)]
         if self._state.settings.secure is not None:
             keys += [UploadKey(run, number), SurvivorsKey(run, number)]
-        keys.append(RoundKey(run, number))  # of a run that is not over, it is open
-        return registry.begin(next(key for key in keys if not registry.is_closed(key)))
+        keys.append(RoundKey(run, number))
+        key = next((key for key in keys if not registry.is_closed(key)), None)
+        try:
+            return None if key is None else registry.begin(key)
+        except RefusedError:  # the run was reset
+            return None
 
     def _exchange_view(self, exchange: Exchange) -> ExchangeView:
         return ExchangeView(
@@ -340,32 +341,6 @@ class OverviewBuilder:
                 view = MemberView(site=site, activity="working", since=since)
             views.append(view)
         return tuple(views)
-
-    # ------------------------------------------------------------------------------------------------------- time
-    def _round_seconds(self, run: str, rounds_closed: int) -> float | None:
-        """Return how long a round took of late; computed once per round."""
-        known = self._durations.get(run)
-        if known is None or known[0] != rounds_closed:
-            moments = self._state.registry.closed_at(run, RECENT_ROUNDS + 1)
-            known = self._durations[run] = (rounds_closed, typical_duration(moments))
-        return known[1]
-
-    def _seconds_left(self, run: str, round_s: float | None) -> float | None:
-        state, latest = self._state.registry.run_state(run), self._last_closing(run)
-        if round_s is None or state.num_rounds is None or latest is None or state.state != "running":
-            return None
-        elapsed = max(0.0, self._state.clock() - latest.time)
-        return time_left(state.num_rounds - state.rounds_closed, round_s, elapsed)
-
-
-def typical_duration(moments: list[float]) -> float | None:
-    """Return the median time between moments; None if there are fewer than two."""
-    return statistics.median(late - early for early, late in itertools.pairwise(moments)) if len(moments) > 1 else None
-
-
-def time_left(num_rounds: int, round_s: float, elapsed_s: float) -> float:
-    """Return the seconds that rounds will take, the first of which is under way."""
-    return num_rounds * round_s - min(elapsed_s, round_s)
 
 
 def _what_matters(runs: tuple[RunView, ...]) -> dict[str, tuple[str, Activity]]:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from fake_federation import RUN, incoming_path, make_census, make_registration, make_settings, make_weights
 
+from nnunetv2.federated.commands import status
 from nnunetv2.federated.coordinator.dashboard import audit_tail, curves, overview, prometheus
-from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder, time_left, typical_duration
+from nnunetv2.federated.coordinator.dashboard.overview import OverviewBuilder
 from nnunetv2.federated.coordinator.members import Member, create_federation
 from nnunetv2.federated.coordinator.service import Coordinator
 from nnunetv2.federated.coordinator.storage.audit_log import Event
@@ -20,6 +21,7 @@ from nnunetv2.federated.protocol import messages
 from nnunetv2.federated.protocol.api import FailureReport, RunAction
 from nnunetv2.federated.protocol.document import TensorSpec, write_document
 from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, RegistrationKey, RoundKey, ValidationKey
+from nnunetv2.utilities.durations import format_duration
 
 BOSS = Member("boss", "operator")
 
@@ -229,10 +231,40 @@ def test_paused_and_stopped_runs_say_so(make_federation):
     assert (run.state, run.meeting, run.members) == ("stopped", None, ()) and "model written to" in run.model
 
 
-def test_durations_and_remaining_time():
-    assert typical_duration([]) is typical_duration([1.0]) is None
-    assert typical_duration([0.0, 10.0, 110.0, 120.0]) == 10.0
-    assert time_left(3, 10.0, 4.0) == 26.0 and time_left(3, 10.0, 400.0) == 20.0
+@pytest.mark.parametrize("num_epochs", [1, 2])
+def test_a_round_may_close_while_people_are_told(make_federation, monkeypatch, num_epochs):
+    federation = make_federation("A", "B", num_epochs=num_epochs)
+    federation.start("A", "B")
+    federation.update(0, "A")
+    registry, is_told = federation.state.registry, []
+    run_state = registry.run_state
+
+    def close_then(run: str):
+        before = run_state(run)
+        if not is_told:
+            is_told.append(run)
+            federation.update(0, "B")
+        return before
+
+    monkeypatch.setattr(registry, "run_state", close_then)
+    run = federation.run()
+    assert (run.rounds_closed, run.state, run.meeting) == (0, "running", None), "as of the moment before"
+    assert federation.run().rounds_closed == 1
+
+
+def test_the_page_and_the_command_tell_the_same_time_left(make_federation):
+    federation = make_federation("A", "B", num_epochs=100)
+    federation.start("A", "B")
+    for number in range(4):
+        federation.now += 3600.0
+        federation.update(number, "A"), federation.update(number, "B")
+    federation.now += 1800.0
+    told = "\n".join(status.describe(federation.coordinator.status(), url="https://x"))
+    assert federation.run().left_s == 96 * 3600.0 - 1800.0
+    assert f"about {format_duration(96 * 3600.0 - 1800.0)} left" in told
+    federation.coordinator.act(RUN, RunAction(action="pause"), BOSS)
+    told = "\n".join(status.describe(federation.coordinator.status(), url="https://x"))
+    assert "per round" in told and "left" not in told and federation.run().left_s is None
 
 
 # ----------------------------------------------------------------------------------------------------------- curves
