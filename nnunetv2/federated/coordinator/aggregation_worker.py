@@ -81,14 +81,16 @@ class AggregationWorker:
     def _run(self) -> None:
         """Sleep until there is something to do, do it, and so on until `stop`."""
         while True:
+            lines: list[str] = []
             with self._state.changed:
                 pause_s = self._seconds_until_next()  # asked first, lest a moment between the two be missed
-                while not (self._ready() or self._overdue() or self._stopping):
-                    self._log_lacking()
+                while not (self._ready() or self._overdue() or self._stopping or (lines := self._describe_lacking())):
                     self._state.changed.wait(LONGEST_SLEEP_S if pause_s is None else min(pause_s, LONGEST_SLEEP_S))
                     pause_s = self._seconds_until_next()
                 if self._stopping:
                     return
+            for line in lines:  # not while holding what every change waits for
+                self._state.log(line)
             for exchange in self._ready():
                 self._close(exchange.key)
             for run in self._overdue():
@@ -119,21 +121,21 @@ class AggregationWorker:
             moments.append(due)
         return max(0.0, min(moments) - now) if moments else None
 
-    def _log_lacking(self) -> None:
-        """Log once of each complete exchange that too few sites take part."""
+    def _describe_lacking(self) -> list[str]:
+        """Tell once of each complete exchange that too few sites take part, a line each."""
         lacking = {
             str(one.key): one
             for one in self._state.registry.open_exchanges()
             if one.outcome is None and one.counted and one.lacks and not one.waiting_for
         }
-        for key in sorted(lacking.keys() - self._lacking):
-            one = lacking[key]
-            self._state.log(
-                f"{key} waits: {', '.join(one.counted)} have contributed, nobody else takes part at the moment, and it "
-                f"needs {one.least} sites ({'--min-sites' if one.least == one.floor else '--quorum'}). Sites that have "
-                "left or were revoked can come back"
-            )
-        self._lacking = set(lacking)
+        told, self._lacking = self._lacking, set(lacking)
+        return [
+            f"{key} waits: {', '.join(one.counted)} have contributed, nobody else takes part at the moment, and it "
+            f"needs {one.least} sites ({'--min-sites' if one.least == one.floor else '--quorum'}). Sites that have "
+            "left or were revoked can come back"
+            for key, one in sorted(lacking.items())
+            if key not in told
+        ]
 
     def _close(self, key: Key) -> None:
         begin = time.perf_counter()

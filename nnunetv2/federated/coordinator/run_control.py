@@ -21,17 +21,9 @@ from nnunetv2.federated.coordinator.storage.audit_log import LOGGED_CHARACTERS, 
 from nnunetv2.federated.coordinator.token_bucket import TokenBucket
 from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.exchange import Closed, is_enough
-from nnunetv2.federated.exchanges.steps import parse_key, step_of
+from nnunetv2.federated.exchanges.steps import keys_that_stop_with, parse_key, step_of
 from nnunetv2.federated.protocol import api
-from nnunetv2.federated.protocol.keys import (
-    AdmissionKey,
-    InitialKey,
-    RegistrationKey,
-    RoundKey,
-    RunKey,
-    SurvivorsKey,
-    UploadKey,
-)
+from nnunetv2.federated.protocol.keys import AdmissionKey, RoundKey, RunKey, SurvivorsKey, UploadKey
 from nnunetv2.utilities.plain_text import excerpt
 
 STATE_OF_ACTION: dict[str, Literal["paused", "running", "stopped"]] = {
@@ -215,8 +207,7 @@ def _between_closings(state: FederationState, run: str) -> Iterator[None]:
     while True:
         begun = state.registry.run_state(run).rounds_closed
         # The round that is open, begun or not, and what there may be before the first one.
-        keys: set[str] = {RegistrationKey(run), InitialKey(run), RoundKey(run, begun)}
-        keys |= {UploadKey(run, begun), SurvivorsKey(run, begun)}
+        keys: set[str] = {*keys_that_stop_with(run, begun)}
         keys |= {AdmissionKey(run, site) for site in state.settings.sites}
         with ExitStack() as held:
             for name in (*sorted(keys), run):  # the run's lock last, as everywhere

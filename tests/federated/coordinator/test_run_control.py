@@ -745,7 +745,7 @@ CREATE TRIGGER events_remain BEFORE DELETE ON events BEGIN SELECT RAISE(ABORT, '
 
 # ----------------------------------------------------------------------------------------------- a floor is a floor
 def lines_with(federation: Federation, text: str) -> list[str]:
-    federation.coordinator.worker._log_lacking()
+    federation.lines.extend(federation.coordinator.worker._describe_lacking())
     return [line for line in federation.lines if text in line]
 
 
@@ -799,6 +799,34 @@ def test_a_site_that_returns_lets_the_round_close(make_federation):
     federation.update(0, "C", 3)
     message, _ = federation.aggregate(0)
     assert sorted(message.contributors) == ["A", "B", "C"]
+
+
+def test_sites_are_served_while_a_line_cannot_be_written(make_federation, monkeypatch):
+    """The output may be a pipe that nobody reads."""
+    federation = make_federation("A", "B", "C", min_sites=3)
+    is_told, go_on = threading.Event(), threading.Event()
+
+    def log(line: str) -> None:
+        if "nobody else takes part" in line:
+            is_told.set()
+            assert go_on.wait(PATIENCE_S)
+
+    monkeypatch.setattr(federation.state, "_log", log)
+    for site in "AB":
+        federation.send(CensusKey(), site, make_census())
+    federation.coordinator.start()
+    try:
+        revoking = threading.Thread(target=federation.coordinator.revoke, args=("C",), kwargs={"by": "boss"})
+        revoking.start()
+        assert is_told.wait(PATIENCE_S)
+        sending = threading.Thread(target=federation.state._wake_worker, daemon=True)
+        sending.start()
+        sending.join(PATIENCE_S)
+        assert not sending.is_alive() and not go_on.is_set()
+        revoking.join(PATIENCE_S)
+    finally:
+        go_on.set()
+        federation.coordinator.stop()
 
 
 def test_nobody_is_handed_the_update_of_a_single_site(make_federation):

@@ -22,7 +22,7 @@ from nnunetv2.federated.exchanges.exchange import (
     with_contribution,
 )
 from nnunetv2.federated.exchanges.registry import ExchangeRegistry, RunControl
-from nnunetv2.federated.exchanges.steps import STEPS, fresh_exchange, parse_key, prerequisite
+from nnunetv2.federated.exchanges.steps import STEPS, fresh_exchange, keys_that_stop_with, parse_key, prerequisite
 from nnunetv2.federated.protocol.keys import (
     AdmissionKey,
     CensusKey,
@@ -40,6 +40,8 @@ from nnunetv2.federated.protocol.keys import (
     ShapeSumKey,
     ShapeSumSurvivorsKey,
     ShapeSumUploadKey,
+    SurvivorsKey,
+    UploadKey,
     ValidationKey,
 )
 
@@ -52,6 +54,11 @@ def exchange(key="runs/r/rounds/0", **settings) -> Exchange:
 
 def add(state: Exchange, site: str, digest=D1, now=0.0) -> Exchange:
     return with_contribution(state, site, Contribution(digest, 10, now))
+
+
+def test_a_run_is_stopped_with_whatever_it_may_be_at():
+    expected = {RegistrationKey("r"), InitialKey("r"), UploadKey("r", 3), SurvivorsKey("r", 3), RoundKey("r", 3)}
+    assert set(keys_that_stop_with("r", 3)) == expected
 
 
 @pytest.mark.parametrize(

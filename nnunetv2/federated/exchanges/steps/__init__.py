@@ -10,7 +10,7 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.federated.exchanges.exchange import Exchange
 from nnunetv2.federated.exchanges.steps.base import K, Step
 from nnunetv2.federated.protocol.api import FederationSettings
-from nnunetv2.federated.protocol.keys import ExchangeKey, Key
+from nnunetv2.federated.protocol.keys import ExchangeKey, Key, NumberedKey, RunKey
 
 AnyStep = Step[Any, Any, Any]
 # A new kind of exchange is a file of its own and a line here.
@@ -52,6 +52,14 @@ def parse_key(text: str) -> Key:
     raise RefusedError(
         f"there is no gathering {text[:200]!r}", "Use matching versions at all sites.", code="unknown_gathering"
     )
+
+
+def keys_that_stop_with(run: str, number: int) -> list[Key]:
+    """Return the keys under which a run can be at work in a round, begun or not: what is over once it is stopped."""
+    kinds = [step.key for step in STEPS if step.policy.stops_with_run]
+    return [
+        kind(run, number) if issubclass(kind, NumberedKey) else kind(run) for kind in kinds if issubclass(kind, RunKey)
+    ]
 
 
 def prerequisite(key: Key) -> Key | None:
