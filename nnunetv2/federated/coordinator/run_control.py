@@ -59,7 +59,7 @@ def act(state: FederationState, run: str, action: api.RunAction, member: Member)
 
 
 class FailureBudget:
-    """The failures that each site may report, since the start. Safe for use by several threads.
+    """The failures that each site may report, since the start. Thread-safe.
 
     Args:
         clock: Seconds, from any moment on: that of the day may be set back, and sites would be refused until then.

@@ -141,7 +141,7 @@ class Coordinator:
         return api.Roster(sites=self.members.identities())
 
     def invite(self, name: str, role: Role, *, by: str, lifetime_s: float = INVITATION_LIFETIME_S) -> str:
-        """Invite a member and return the secret of its invitation, if it needs one; see `Members.invite`."""
+        """Invite a member and return the secret of its invitation; see `Members.invite`."""
         with self.state.locks["settings"]:
             if self.members.is_revoked(name):
                 self._drop_contributions(name, by=by)  # before they could count again

@@ -139,10 +139,13 @@ class FederationState:
         return exchange
 
     def drop_contribution(self, exchange: Exchange, site: str, *, by: str | None) -> Exchange:
-        """Drop a contribution to an open exchange, whose lock the caller holds, and return the exchange.
+        """Drop a contribution to an open exchange, whose lock the caller holds.
 
         Args:
             by: The operator who wants it; None: the coordinator itself, as the file is damaged.
+
+        Returns:
+            The exchange without it.
         """
         key, digest = str(exchange.key), exchange.contributions[site].digest
         self.store.drop_contribution(exchange, site, self.event("dropped", by, key, {"site": site, "digest": digest}))

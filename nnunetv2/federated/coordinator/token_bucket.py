@@ -10,9 +10,9 @@ MAX_REMEMBERED = 10_000
 
 
 class TokenBucket:
-    """Token buckets, one per key: capacity `at_once`, refilled at `per_s`. Safe for use by several threads.
+    """Token buckets, one per key: capacity `at_once`, refilled at `per_s`.
 
-    `now` is of a clock that nobody sets: `time.monotonic`.
+    Thread-safe. `now` is of a clock that nobody sets: `time.monotonic`.
     """
 
     def __init__(self, *, per_s: float, at_once: float) -> None:
@@ -36,7 +36,7 @@ class TokenBucket:
                 del self._spent[next(iter(self._spent))]
 
     def take(self, who: Hashable, now: float) -> float:
-        """Spend one unless somebody has to wait, and return how long; 0 if it is spent."""
+        """Spend one, or return how long somebody has to wait before that."""
         with self._lock:  # however many ask at the same time
             wait_s = self.wait_s(who, now)
             if not wait_s:

@@ -252,7 +252,7 @@ def without_contribution(exchange: Exchange, site: str) -> Exchange:
 
 
 def without_stale_refusal(exchange: Exchange) -> Exchange:
-    """Return the exchange, open again if it was refused for contributions that are not those that count now.
+    """Return the exchange, open again if other contributions were refused than count now.
 
     The site at fault may have been revoked, or have left the run.
     """

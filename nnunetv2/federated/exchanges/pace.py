@@ -15,7 +15,10 @@ RECENT_ROUNDS = 10
 
 
 def typical_duration(closed_at: Sequence[float]) -> float | None:
-    """Return the median of the seconds from each closing to the next; None if there are fewer than two."""
+    """Return the median of the seconds from each closing to the next.
+
+    None if there are fewer than two.
+    """
     if len(closed_at) < 2:
         return None
     return statistics.median(late - early for early, late in itertools.pairwise(closed_at))
@@ -27,7 +30,10 @@ def time_left(num_rounds: int, round_s: float, elapsed_s: float) -> float:
 
 
 def seconds_left(state: RunState, *, round_s: float | None, last_closed: float | None, now: float) -> float | None:
-    """Return how long a run goes on if its rounds do as before; None if that cannot be known, or it stands still."""
+    """Return how long a run goes on if its rounds take as long as before.
+
+    None if that cannot be known, or the run stands still.
+    """
     if round_s is None or state.num_rounds is None or last_closed is None or state.state != "running":
         return None
     return time_left(state.num_rounds - state.rounds_closed, round_s, max(0.0, now - last_closed))

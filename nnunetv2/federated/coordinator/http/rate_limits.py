@@ -92,7 +92,7 @@ def lines_caused(method: str, path: str, status: int) -> int:
 
 
 def lines_of_contribution(key: str, *, is_refused: bool) -> int:
-    """Return the number of unwanted lines that a document may have caused, however it has come."""
+    """Return the number of unwanted audit log lines that a document may have caused."""
     return 0 if _ROUTINE.fullmatch(key) and not is_refused else 1
 
 

@@ -45,7 +45,10 @@ class ModelStore:
         """Run -> what will become of its averages, and what that follows from."""
 
     def keep(self, run: str) -> None:
-        """Write the model of a run that is over, once for each content, and again if its zip file was lost."""
+        """Write the model of a run that is over, once for each content.
+
+        Again if its zip file was lost or damaged.
+        """
         state, rounds = self._state, self._made_of(run)
         known = self._outcome(run, rounds)
         if known is not None and self._is_kept(run, known):

@@ -316,7 +316,10 @@ class Store:
         self.contribution_path(exchange.key, site, exchange.contributions[site].digest).unlink(missing_ok=True)
 
     def damaged_contributions(self, exchange: Exchange) -> list[str]:
-        """Name the sites whose contributions that count are not on the disk as they were received."""
+        """Name the sites whose contributions are not on the disk as they were received.
+
+        Of those that count.
+        """
         damaged = []
         for site in exchange.counted:
             digest = exchange.contributions[site].digest

@@ -55,7 +55,10 @@ def parse_key(text: str) -> Key:
 
 
 def keys_that_stop_with(run: str, number: int) -> list[Key]:
-    """Return the keys under which a run can be at work in a round, begun or not: what is over once it is stopped."""
+    """Return the exchanges of a run and a round that end when it is stopped.
+
+    Begun or not.
+    """
     kinds = [step.key for step in STEPS if step.policy.stops_with_run]
     return [
         kind(run, number) if issubclass(kind, NumberedKey) else kind(run) for kind in kinds if issubclass(kind, RunKey)
