@@ -133,5 +133,6 @@ def are_whole(array: np.ndarray) -> bool:
     """Tell whether all values are whole numbers, as those of a label map are."""
     if array.dtype.kind in "iub":
         return True
-    steps = (array.reshape(-1)[start : start + _STEP_VOXELS] for start in range(0, array.size, _STEP_VOXELS))
+    flat = array.reshape(-1)
+    steps = (flat[start : start + _STEP_VOXELS] for start in range(0, flat.size, _STEP_VOXELS))
     return all(np.array_equal(step, np.rint(step)) for step in steps)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nnunetv2.inference.errors import NoPreviousStageError
+
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
@@ -62,7 +64,7 @@ def find_cases(
         overwrite: Whether cases whose results are all there are predicted again.
 
     Raises:
-        FileNotFoundError: No case has a label map of the previous stage.
+        NoPreviousStageError: No case has a label map of the previous stage.
     """
     ending = dataset_json["file_ending"]
     cases = list_cases(
@@ -225,7 +227,7 @@ def require_previous_stage(cases: CaseLists) -> None:
     """Check that the previous stage is there; warn of single cases that it lacks.
 
     Raises:
-        FileNotFoundError: Not one case has a label map; the message names some.
+        NoPreviousStageError: Not one case has a label map; the message names some.
     """
     missing = [file for file in cases.previous_stage if file is not None and not Path(file).is_file()]
     if not missing:
@@ -235,7 +237,7 @@ def require_previous_stage(cases: CaseLists) -> None:
         f"previous stage: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
     )
     if len(missing) == len(cases.previous_stage):
-        raise FileNotFoundError(fault)
+        raise NoPreviousStageError(fault)
     logger.warning("%s", fault)
 
 

@@ -17,6 +17,10 @@ class NonFiniteLogitsError(RuntimeError):
         )
 
 
+class NoPreviousStageError(FileNotFoundError):
+    """No case of a cascade has a label map of the previous stage."""
+
+
 class UnpreparedCaseError(RuntimeError):
     """A case could not be prepared.
 

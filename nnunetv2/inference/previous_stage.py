@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from nnunetv2.inference.errors import FailedCasesError
+from nnunetv2.inference.errors import FailedCasesError, NoPreviousStageError
 from nnunetv2.utilities.file_path_utilities import (
     convert_identifier_to_trainer_plans_config,
     convert_trainer_plans_config_to_identifier,
@@ -81,7 +81,7 @@ def run_both_stages(
     except FailedCasesError as error:
         failures += [failure for failure in error.failures if Path(failure[0]).name not in stopped]
         total = max(total, error.total)
-    except FileNotFoundError:
+    except NoPreviousStageError:
         if not stopped:
             raise  # else not one case has come through the first stage
     if failures:

@@ -104,7 +104,9 @@ def load_checkpoint_file(
         raise FileNotFoundError(f"there is no checkpoint {path}")
     options: dict[str, Any] = {"map_location": map_location, "mmap": mmap or None}
     is_trusted = _allows_unsafe_checkpoints()
-    if not _is_complete_zip(path):
+    if is_trusted and not _begins_like_zip(path):  # torch before 1.6 wrote no archives, which cannot be mapped either
+        options["mmap"] = None
+    elif not _is_complete_zip(path):
         raise DamagedCheckpointError(
             f"{path} is damaged or no checkpoint: it is no complete zip archive ({path.stat().st_size} bytes)"
         )
@@ -175,8 +177,14 @@ def _beginning_of(checkpoint: Mapping[str, Any]) -> float:
 
     Every checkpoint says so, also one of the reference; `--c` keeps it. -inf, if it does not.
     """
-    moments = checkpoint.get("logging", {}).get("epoch_start_timestamps")
-    return float(moments[0]) if moments else -math.inf
+    moments = (checkpoint.get("logging") or {}).get("epoch_start_timestamps")
+    moment = float(moments[0]) if moments else -math.inf
+    return -math.inf if math.isnan(moment) else moment
+
+
+def _begins_like_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _is_complete_zip(path: Path) -> bool:

@@ -79,10 +79,7 @@ def load_model_folder(
         read_json(folder / name, required=required, if_missing=f"{folder} is not a trained model: it has no {name}")
         for name, required in (("dataset.json", DATASET), ("plans.json", PLANS))
     )
-    # Only weights are taken into memory: with the states of optimizers five folds would need three times as much.
-    checkpoints = [
-        load_checkpoint_file(path, mmap=is_zipfile(path)) for path in _checkpoint_paths(folder, folds, checkpoint_name)
-    ]
+    checkpoints = [_load_for_prediction(path) for path in _checkpoint_paths(folder, folds, checkpoint_name)]
     plans_manager = PlansManager(plans)
     configuration_name = checkpoints[0]["init_args"]["configuration"]
     configuration_manager = plans_manager.get_configuration(configuration_name)
@@ -94,7 +91,7 @@ def load_model_folder(
         network = build_network(trainer_class, plans_manager, configuration_manager, dataset_json)
     except UntrustedNameError as error:
         raise UntrustedNameError(f"{folder / 'plans.json'}: {error}") from error
-    parameters = [_take_into_memory_(checkpoint["network_weights"]) for checkpoint in checkpoints]
+    parameters = [checkpoint["network_weights"] for checkpoint in checkpoints]
     try:
         network.load_state_dict(parameters[0])
     except RuntimeError as error:
@@ -115,12 +112,26 @@ def load_model_folder(
     )
 
 
-def _take_into_memory_(weights: Parameters) -> Parameters:
-    """Copy weights out of their file, which others may change; what a state dict knows of its versions stays."""
+def _load_for_prediction(path: Path) -> dict[str, Any]:
+    """Load a checkpoint without the states of its optimizer, which take as much memory as weights, or twice."""
+    checkpoint = load_checkpoint_file(path, mmap=is_zipfile(path))
+    checkpoint.pop("optimizer_state", None)
+    _take_into_memory_(checkpoint["network_weights"])
+    return checkpoint
+
+
+def _take_into_memory_(weights: Parameters) -> None:
+    """Copy weights out of their file, which others may change; what a state dict knows of its versions stays.
+
+    Names of one tensor, of which the networks of nnU-Net have up to four, share one copy.
+    """
+    copies: dict[tuple[object, ...], torch.Tensor] = {}
     for name, value in weights.items():
         if isinstance(value, torch.Tensor):
-            weights[name] = value.clone()
-    return weights
+            place = value.untyped_storage().data_ptr(), value.storage_offset(), value.shape, value.stride(), value.dtype
+            if place not in copies:
+                copies[place] = value.clone()
+            weights[name] = copies[place]
 
 
 def save_model_description(

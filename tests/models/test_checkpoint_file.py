@@ -173,6 +173,21 @@ def test_damaged_checkpoints_are_passed_over_also_where_all_code_is_trusted(tmp_
     assert [path.name for path in rank_checkpoints(tmp_path)] == ["checkpoint_best.pth"]
 
 
+def test_checkpoints_of_torch_before_archives_load_where_all_code_is_trusted(tmp_path, monkeypatch):
+    path = tmp_path / "c.pth"
+    torch.save(make_checkpoint(epoch=7), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(checkpoint_file.DamagedCheckpointError, match="no complete zip archive"):
+        load_checkpoint_file(path)
+    monkeypatch.setenv("nnUNet_allow_unsafe_checkpoints", "1")
+    assert load_checkpoint_file(path, mmap=True)["current_epoch"] == 7
+
+
+@pytest.mark.parametrize("log", [None, {}, {"epoch_start_timestamps": []}, {"epoch_start_timestamps": [float("nan")]}])
+def test_a_checkpoint_that_does_not_say_when_its_training_began_can_be_gone_on_with(tmp_path, log):
+    save_checkpoint_file({**make_checkpoint(epoch=1), "logging": log}, tmp_path / "checkpoint_latest.pth")
+    assert [path.name for path in rank_checkpoints(tmp_path)] == ["checkpoint_latest.pth"]
+
+
 def test_a_damaged_pickle_is_named_as_such_also_where_all_code_is_trusted(tmp_path, monkeypatch):
     monkeypatch.setenv("nnUNet_allow_unsafe_checkpoints", "1")
     path = tmp_path / "c.pth"

@@ -11,6 +11,8 @@ from patience import PATIENCE_S
 from tiny_models import write_model
 
 from nnunetv2.models.checkpoint_file import load_checkpoint_file, save_checkpoint_file
+from nnunetv2.models.model_folder import load_model_folder
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 STATE_BYTES = 48 * 2**20
 
@@ -54,3 +56,15 @@ def test_states_of_optimizers_are_not_loaded_and_weights_outlive_their_files(tmp
     taken, found = run.stdout.split()
     assert int(taken) < STATE_BYTES
     assert abs(float(found) - total) < 1e-6 * total
+
+
+def test_names_of_one_tensor_share_one_copy(tmp_path):
+    """The networks of nnU-Net name most parameters several times."""
+    folder = write_model(tmp_path / "model", folds=(0,))
+    model = load_model_folder(
+        folder, None, "checkpoint_final.pth", find_trainer=lambda name: nnUNetTrainer, fallback=lambda: nnUNetTrainer
+    )
+    (weights,) = model.parameters
+    places = {value.untyped_storage().data_ptr() for value in weights.values()}
+    parameters = {parameter.data_ptr() for parameter in model.network.parameters()}
+    assert len(places) == len(parameters) < len(weights)

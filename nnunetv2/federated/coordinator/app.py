@@ -34,7 +34,8 @@ async def remove_old_uploads_daily(coordinator: Coordinator) -> None:
         try:
             await run_in_threadpool(coordinator.uploads.remove_old)
         except OSError as error:
-            coordinator.state.log(f"old uploads cannot be removed at the moment: {error}")
+            words = f"old uploads cannot be removed at the moment: {error}"
+            await run_in_threadpool(coordinator.state.log, words)  # which a blocked output may hold up
 
 
 def build_app(

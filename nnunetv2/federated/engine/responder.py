@@ -78,8 +78,9 @@ class Responder:
         key, content, op = "", b"", ""
         try:
             request, piece = decode_frame(Request, frame)
-            key, op = request.name, request.op
-            self._check_budget(site, op)
+            key = request.name
+            self._check_budget(site, request.op)
+            op = request.op  # from here on: being told to wait costs nothing
             self._check_member(site)
             answer, content = self._do(site, request, piece)
             if op in REPORTING:

@@ -395,6 +395,25 @@ def test_who_asks_too_much_has_to_wait(tmp_path):
         assert ends.remotes["B"].settings.federation == "test"
 
 
+def test_being_told_to_wait_costs_nothing(tmp_path):
+    """Else who asks again too early never gets out."""
+    with both_ends(tmp_path, limits=Limits(lines_per_s=1.0, lines_at_once=2.0)) as ends:
+        ends.begin()
+        now = time.monotonic() + 60
+        ends.responder._clock = lambda: now
+        request = Request(op="report_failure", body=api.FailureReport(run=RUN, reason="x").model_dump_json())
+
+        def ask() -> str:
+            answer, _ = decode_frame(Answer, ends.responder.answer("A", encode_frame(request)))
+            return "" if answer.problem is None else answer.problem.code
+
+        assert [ask() for _ in range(4)] == ["", "", "too_many_requests", "too_many_requests"]
+        for _ in range(50):
+            assert ask() == "too_many_requests"
+        now += 2.1
+        assert ask() == ""
+
+
 def test_a_site_of_an_engine_cannot_fill_the_log_either(tmp_path):
     limits = Limits(lines_per_s=1e-6, lines_at_once=6.0)
 

@@ -78,7 +78,10 @@ def address_group(host: str) -> str:
     return str(getattr(address, "ipv4_mapped", None) or address)
 
 
-_ROUTINE = re.compile(r"runs/[^/]+/(initial|rounds/[0-9]+|validations/[0-9]+)")
+_ROUTINE = re.compile(
+    r"runs/[^/]+/(initial|(rounds|uploads|survivors|validations)/[0-9]+|validations/[0-9]+/(uploads|survivors))"
+)
+"""What sites send again and again in an orderly training, in clear or masked."""
 
 
 def lines_caused(method: str, path: str, status: int) -> int:

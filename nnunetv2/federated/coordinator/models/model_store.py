@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nnunetv2.federated.coordinator.models.model_folder import keep_models, keep_models_of_networks, name_of_zip
 from nnunetv2.federated.coordinator.state import FederationState, Locks
-from nnunetv2.federated.errors import RefusedError
+from nnunetv2.federated.errors import FederationError, RefusedError
 from nnunetv2.federated.exchanges.documents import Agreement
 from nnunetv2.federated.exchanges.network_groups import foresee_networks
 from nnunetv2.federated.exchanges.outlook import Outlook, foresee_model
@@ -47,7 +47,7 @@ class ModelStore:
     def keep(self, run: str) -> None:
         """Write the model of a run that is over, once for each content.
 
-        Again if its zip file was lost or damaged.
+        Again if its zip file was lost or cut off.
         """
         state, rounds = self._state, self._made_of(run)
         known = self._outcome(run, rounds)
@@ -75,13 +75,17 @@ class ModelStore:
             path = self._state.store.folder / FOLDER / name_of_zip(outcome)
         except RefusedError:
             return True
-        _, registration = next(self._state.documents.each_registration(run))
-        end = f"/fold_{registration.fold}/checkpoint_final.pth"  # runs of several folds share a file
         try:
             with zipfile.ZipFile(path) as archive:
-                return any(name.endswith(end) for name in archive.namelist())
+                names = archive.namelist()
         except (FileNotFoundError, zipfile.BadZipFile):
             return False
+        try:
+            _, registration = next(self._state.documents.each_registration(run))
+        except (FederationError, OSError):
+            return True  # without it no model can be written either
+        end = f"/fold_{registration.fold}/checkpoint_final.pth"  # runs of several folds share a file
+        return any(name.endswith(end) for name in names)
 
     def _rounds_until(self, run: str, number: int) -> set[tuple[frozenset[str], int]]:
         """Return, of the rounds of a run up to one, the sites, and the fewest that average a tensor."""

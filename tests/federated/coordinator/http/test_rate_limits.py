@@ -51,6 +51,10 @@ def test_addresses_that_one_user_has_count_as_one(host, group):
         ("PUT", "/v1/gatherings/plans/p", 200, 1),
         ("POST", "/v1/failures", 204, 1),
         ("PUT", "/v1/gatherings/runs/r/validations/7", 200, 0),
+        ("PUT", "/v1/gatherings/runs/r/uploads/7", 200, 0),
+        ("PUT", "/v1/gatherings/runs/r/survivors/7", 409, 1),
+        ("PUT", "/v1/gatherings/runs/r/validations/7/survivors", 200, 0),
+        ("PUT", "/v1/gatherings/runs/r/validations/7/others", 200, 1),
         ("POST", "/v1/runs/r/actions", 200, 1),
     ],
 )
