@@ -131,7 +131,7 @@ def add_training_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--matching",
         choices=("name", "resolution"),
-        help="how tensors of different networks are recognised as the same (default: name; --networks own: resolution)",
+        help="how tensors of different networks are recognised as the same (default: resolution)",
     )
     group.add_argument(
         "--weighting",

@@ -126,9 +126,8 @@ def with_implied(given: dict[str, object], *, k: object) -> dict[str, object]:
     Args:
         k: From how many sites on sums are opened, if updates are masked; checked with all settings.
     """
-    implied: dict[str, object] = {} if k is None else {"min_sites": k}
-    if given.get("networks") == "own":
-        implied["matching"] = "resolution"
+    # The settings' own default, by name, is that of federations which were founded before there was a choice.
+    implied: dict[str, object] = {"matching": "resolution"} if k is None else {"matching": "resolution", "min_sites": k}
     return {**implied, **given}
 
 

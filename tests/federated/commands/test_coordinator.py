@@ -21,7 +21,7 @@ from nnunetv2.federated.coordinator.storage.audit_log import Event
 from nnunetv2.federated.coordinator.storage.backup import backup, restore
 from nnunetv2.federated.coordinator.storage.store import Store
 from nnunetv2.federated.errors import CoordinatorUnreachable, FederationError
-from nnunetv2.federated.protocol.api import InviteRequest
+from nnunetv2.federated.protocol.api import FederationSettings, InviteRequest
 from nnunetv2.federated.protocol.document import open_document
 from nnunetv2.federated.protocol.invitation import decode_invitation
 from nnunetv2.federated.protocol.keys import CensusKey
@@ -93,14 +93,14 @@ def test_what_sites_do_beside_averaging_is_fixed_by_the_first_start(tmp_path):
     )
 
 
-def test_networks_of_their_own_are_matched_by_resolution_unless_the_operator_wants_it_otherwise(tmp_path):
+def test_tensors_are_matched_by_resolution_unless_the_operator_wants_it_otherwise(tmp_path):
     own = open_folder(tmp_path / "own", "--sites", "A", "B", "--networks", "own")
     assert (own.networks, own.matching) == ("own", "resolution")
     assert open_folder(tmp_path / "own", "--networks", "own") == own == open_folder(tmp_path / "own")
     by_name = open_folder(tmp_path / "name", "--sites", "A", "B", "--networks", "own", "--matching", "name")
     assert (by_name.networks, by_name.matching) == ("own", "name")
     equal = open_folder(tmp_path / "equal", "--sites", "A", "B", "--networks", "equal")
-    assert equal.matching == "name" and "networks" not in equal.model_dump(mode="json")
+    assert equal.matching == "resolution" and "networks" not in equal.model_dump(mode="json")
     with pytest.raises(FederationError, match="with --networks equal, not own"):
         open_folder(tmp_path / "equal", "--networks", "own")
 
@@ -145,7 +145,19 @@ def test_initial_weights_are_copied_and_known_by_their_digest(tmp_path):
 def test_defaults_are_those_of_nnunet(tmp_path):
     settings = open_folder(tmp_path / "f", "--sites", "A", "B")
     assert (settings.num_epochs, settings.quorum) == (1000, None)
-    assert (settings.matching, settings.weighting, settings.precision) == ("name", "cases", "float32")
+    assert (settings.matching, settings.weighting, settings.precision) == ("resolution", "cases", "float32")
+
+
+def test_a_federation_that_was_founded_before_there_was_a_choice_keeps_matching_by_name(tmp_path):
+    created = open_folder(tmp_path / "f", "--sites", "A", "B", "--matching", "name")
+    with Store(tmp_path / "f") as store:
+        content = created.model_dump(mode="json")
+        del content["matching"]  # as in a folder of an early version
+        old = FederationSettings.model_validate(content)
+        store.save_settings(old, Event(0.0, "settings", "operator", None, {}))
+        store.save_meta("first_settings", content)
+    assert open_folder(tmp_path / "f").matching == "name"
+    assert open_folder(tmp_path / "f", "--sites", "A", "B") == open_folder(tmp_path / "f", "--matching", "name")
 
 
 def test_geometry_is_a_part_of_what_masks_say(tmp_path):
@@ -166,7 +178,7 @@ def test_geometry_is_a_part_of_what_masks_say(tmp_path):
         (["--epochs", "30"], "with --epochs 20, not 30"),
         (["--sites", "A", "B", "C"], "with --sites A B, not A B C"),
         (["--val-iterations", "3"], "with --val-iterations None, not 3"),
-        (["--matching", "resolution"], "with --matching name, not resolution"),
+        (["--matching", "name"], "with --matching resolution, not name"),
         (["--precision", "float16"], "with --precision float32, not float16"),
     ],
 )
