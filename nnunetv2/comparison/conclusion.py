@@ -41,10 +41,10 @@ def _sentence(one: Comparison) -> str:
 
 
 def _contradiction(one: Comparison) -> str:
-    many, few = ("better", "worse") if one.tendency > 0 else ("worse", "better")
+    ranks_say, mean_says = ("better", "worse") if one.tendency > 0 else ("worse", "better")
     return (
-        f"{one.arm} is {many} than {one.reference} in most cases and not in the mean ({one.difference:+.3f} Dice): "
-        f"look at the cases in which it is far {few}"
+        f"{one.arm} is {ranks_say} than {one.reference} by the ranks of the cases and not in the mean "
+        f"({one.difference:+.3f} Dice): look at the cases in which it is far {mean_says}"
     )
 
 

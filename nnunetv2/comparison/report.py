@@ -171,7 +171,7 @@ def _verdict(one: Comparison) -> str:
     if not one.is_tested:
         return "-"
     if one.is_beyond_chance and not one.is_shown:
-        return "most cases against the mean"
+        return "ranks against the mean"
     return "yes" if one.is_shown else "no"
 
 
@@ -304,8 +304,9 @@ def _differences(findings: Findings) -> str:
     return (
         "<h2>Paired differences</h2><p class='quiet'>Differences are the mean of the sites' means, as in the tables. "
         "Two-sided Wilcoxon signed-rank test on the same cases, corrected for the number of comparisons of each place "
-        "(Holm). It counts in how many cases an arm is better and ranks by how much; where that contradicts the "
-        "mean, the last column says so. Cases of one patient are not independent of each other: if there are such, "
+        "(Holm). It ranks the cases by the size of their difference and adds up the ranks for and against an arm; "
+        "where these contradict the mean, the last column says so. Cases of one patient are not independent of each "
+        "other: if there are such, "
         f"the true p is larger.</p>{''.join(parts)}"
     )
 

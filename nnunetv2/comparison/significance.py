@@ -49,9 +49,9 @@ class Comparison:
 
     @property
     def is_shown(self) -> bool:
-        """Tell whether the difference is beyond chance, and most cases differ in its direction.
+        """Tell whether the difference is beyond chance, and the ranks agree with its sign.
 
-        A test of ranks may speak for an arm whose mean is lower: a little better in many cases, far worse in a few.
+        They may speak for an arm whose mean is lower: a little better in many cases, far worse in a few.
         """
         return self.is_beyond_chance and self.difference * self.tendency > 0
 

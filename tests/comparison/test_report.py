@@ -154,7 +154,7 @@ def test_the_conclusion_names_what_is_shown_and_what_is_not(tmp_path):
         "With 12 test cases at its own site" in text and "With 1 training of each kind" in text and "--seeds 3" in text
     )
     contradiction = conclude(study, {"own": [one("ffe", "alone", -0.05, 0.001, tendency=3.0)]})
-    assert "ffe is better than alone in most cases and not in the mean (-0.050 Dice)" in contradiction
+    assert "ffe is better than alone by the ranks of the cases and not in the mean (-0.050 Dice)" in contradiction
     assert "in which it is far worse" in contradiction
     untested = conclude(study, {"own": several, "external": [one("ffe", "alone", -0.3, math.nan)]})
     assert "At hospitals that nobody trained on: there are too few cases to compare ffe and alone." in untested

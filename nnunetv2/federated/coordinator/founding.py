@@ -121,13 +121,15 @@ def with_geometry(given: dict[str, object], stored: Secure | None) -> dict[str, 
 
 
 def with_implied(given: dict[str, object], *, k: object) -> dict[str, object]:
-    """Return the given settings with those that follow from them.
+    """Return the given settings of a new federation, with those that follow from them.
 
     Args:
         k: From how many sites on sums are opened, if updates are masked; checked with all settings.
     """
-    # The settings' own default, by name, is that of federations which were founded before there was a choice.
-    implied: dict[str, object] = {"matching": "resolution"} if k is None else {"matching": "resolution", "min_sites": k}
+    # FederationSettings says "name" where a stored federation says nothing, as early ones do.
+    implied: dict[str, object] = {"matching": "resolution"}
+    if k is not None:
+        implied["min_sites"] = k
     return {**implied, **given}
 
 
