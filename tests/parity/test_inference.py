@@ -12,8 +12,11 @@ from tiny_models import TinyModel, write_model
 
 # The reference sums in float16, so its rounding decides where two classes are nearly equal. In a network of random
 # weights that is in 0.2 % of all voxels; a few lessons make it less.
-AGREEMENT, AGREEMENT_BF16 = 0.999, 0.995
+AGREEMENT = 0.999
 LESSONS = 40
+# The lessons end in other weights on other processors, and how many voxels bfloat16 rounds into another class depends
+# on them (0.02 to 0.5 % seen). Where the classes are clear, no rounding may matter.
+AGREEMENT_BF16, CLEAR = 0.98, 0.1
 VOLUME = {"patch_size": (24, 32, 24), "spacing": (1.2, 0.8, 1.0), "lessons": LESSONS}
 
 MODELS = {
@@ -98,6 +101,16 @@ def test_label_maps_agree(kind, predicted):
 
 
 @pytest.mark.parametrize("kind", MODELS)
+def test_bfloat16_changes_no_label_where_the_classes_are_clear(kind, predicted):
+    ending = MODELS[kind].file_ending
+    for file in sorted((predicted / "ours" / kind).glob("*.npz")):
+        clear = _margin(file, has_regions=MODELS[kind].regions_class_order is not None) > CLEAR
+        assert clear.mean() > 0.5
+        exact, rounded = (_read(predicted / name / kind / (file.stem + ending)) for name in ("ours", "bf16"))
+        assert (exact == rounded).reshape(clear.shape)[clear].all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
 def test_probabilities_agree(kind, predicted):
     for path in sorted((predicted / "theirs" / kind).glob("*.npz")):
         mine, theirs = (np.load(folder)["probabilities"] for folder in (predicted / "ours" / kind / path.name, path))
@@ -115,6 +128,15 @@ def test_probabilities_agree(kind, predicted):
         assert np.mean(differences <= 2e-3) >= 0.98
         assert np.mean(inner <= 2e-3) >= 0.9999
         assert inner.max() <= 4e-3
+
+
+def _margin(file: Path, *, has_regions: bool) -> np.ndarray:
+    """Return by how much the best class leads in each voxel, or how far the least certain region is from 0.5."""
+    probabilities = np.load(file)["probabilities"]
+    if has_regions:
+        return np.abs(probabilities - 0.5).min(axis=0)
+    runner_up, best = np.partition(probabilities, -2, axis=0)[-2:]
+    return best - runner_up
 
 
 def _without_rim(side: int) -> slice:
