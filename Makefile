@@ -41,7 +41,7 @@ test: $(VENV)/.installed $(REFERENCE)/.installed $(NVFLARE)/.installed lint  ## 
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile
 
 # Many of these tests wait for a moment; a third worker fills it.
-quick: WORKERS = 3
+quick: WORKERS = 4
 quick: $(VENV)/.installed  ## the tests that a change should pass while it is being made: two minutes
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadfile -m "not slow and not parity and not engine"
 

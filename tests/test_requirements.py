@@ -6,6 +6,8 @@ import sys
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
+import pytest
+
 PROJECT = Path(__file__).resolve().parents[1]
 IMPORTED_ELSEWHERE = {"scikit-learn", "imagecodecs", "acvl-utils"}
 """By users' own code, since the release brings it along; by tifffile; by utilities/legacy_names.py, from a table."""
@@ -44,6 +46,7 @@ def imported() -> set[str]:
     return found - set(sys.stdlib_module_names) - {"nnunetv2"}
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_required_and_what_is_required_is_imported():
     distributions = {module: {normalised(name) for name in names} for module, names in packages_distributions().items()}
     required, extras = declared("install_requires"), declared("extras_require")

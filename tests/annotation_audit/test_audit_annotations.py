@@ -75,6 +75,7 @@ def test_the_wrong_label_comes_first_with_its_regions(model, capsys):
     assert "1 of 12 cases are doubtful" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_tables_and_page_say_the_same(model):
     audit("-o", model / "there")
     with (model / "there" / "cases.csv").open(newline="") as file:
@@ -111,6 +112,7 @@ def test_the_page_fits_a_phone_and_loads_nothing(model, tmp_path, dark):
         assert all(url.startswith(("file:", "data:")) for url in page.requests())
 
 
+@pytest.mark.slow
 def test_names_are_no_formulas_in_tables(model, roots):
     raw = roots["nnUNet_raw"] / NAME
     odd = "=cmd|x"
@@ -135,6 +137,7 @@ def test_a_case_that_cannot_be_compared_is_reported_and_the_others_are_there(mod
     assert "not compared: case_05" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_more_false_alarms_make_a_longer_list(model):
     audit("--false_alarms", "0.95", "--pictures", "1")
     listed = [case for case in read_json(model / "annotation_audit")["cases"] if case["doubtful"]]
@@ -144,6 +147,7 @@ def test_more_false_alarms_make_a_longer_list(model):
     assert page.count("data:image") == 3 * min(3, sum(one["score"] > cut for one in listed[0]["regions"]))
 
 
+@pytest.mark.slow
 def test_a_label_that_is_exactly_as_predicted_stands_out_among_smaller_ones(model, roots, capsys):
     labels = roots["nnUNet_raw"] / NAME / "labelsTr"
     for fold in range(3):
@@ -161,6 +165,7 @@ def test_a_label_that_is_exactly_as_predicted_stands_out_among_smaller_ones(mode
     assert "no region of it differs" in (model / "annotation_audit" / "audit.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_doubtful_case_whose_image_is_damaged_is_told_without_pictures(model, roots):
     (roots["nnUNet_raw"] / NAME / "imagesTr" / f"{WRONG}_0000.nii.gz").write_bytes(b"no image")
     audit()
@@ -176,6 +181,7 @@ def test_a_listed_case_without_images_is_named(model, roots):
         audit()
 
 
+@pytest.mark.slow
 def test_a_copy_of_a_fold_is_no_fold(model):
     shutil.copytree(model / "fold_0", model / "fold_0_before")
     audit()

@@ -65,6 +65,7 @@ def test_slices_that_tell_most():
     assert select_slice_to_plot2(labels, labels * 0) == 0
 
 
+@pytest.mark.slow
 def test_preprocessed_cases(roots, tmp_path):
     make_tiny_dataset(roots["nnUNet_preprocessed"], cases=2)
     generate_overlays_from_preprocessed(NAME, str(tmp_path / "pictures"), num_processes=1)

@@ -924,6 +924,7 @@ def test_disk_that_fills_up_leaves_no_half_written_case(make_scans, make_case, r
     assert not [file for file in roots["nnUNet_preprocessed"].rglob("*") if "case_" in file.name]
 
 
+@pytest.mark.slow
 def test_refusal_is_the_same_as_a_process(dataset):
     image_of(dataset).unlink()
     done = run_as_process(None, "-d", "2", "-npfp", "1", "--verify_dataset_integrity", "--no_pbar")

@@ -39,6 +39,7 @@ def make_overview(*, num_cases=5, num_channels=1, num_labels=2, slices=6, scale=
     )
 
 
+@pytest.mark.slow
 def test_dataset_is_looked_at(make_scans, make_case, tmp_path):
     folder = make_scans(
         {f"case_{i}": make_case(i, num_channels=2) for i in range(3)},

@@ -89,6 +89,7 @@ def test_existing_file_of_another_number_of_cases_is_pointed_out(extractor, capl
     assert "describes 3 cases, the dataset has 2 now" in caplog.text
 
 
+@pytest.mark.slow
 def test_samples_do_not_depend_on_the_number_of_processes(extractor):
     subject = extractor()
     here = subject.sample_cases(500)

@@ -14,6 +14,7 @@ def make_patients(*scans: int) -> dict[str, str]:
     return {f"P{number}_{scan}": f"P{number}" for number, of_patient in enumerate(scans) for scan in range(of_patient)}
 
 
+@pytest.mark.slow
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.integers(1, 5), min_size=3, max_size=30), st.integers(2, 3), st.data())
 def test_each_case_is_validated_once_and_no_patient_is_separated(scans, num_folds, data):

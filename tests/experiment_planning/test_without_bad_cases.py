@@ -125,6 +125,7 @@ def test_what_no_single_case_explains_stays_an_error(folder, preprocessed, make_
     assert not (preprocessed / "bad_cases.json").exists()
 
 
+@pytest.mark.slow
 def test_federated_planning_and_the_manifest_count_what_is_used(folder, preprocessed):
     plan("--without_bad_cases", "--no_pp")
     extractor = DatasetFingerprintExtractor(folder.name, 1)

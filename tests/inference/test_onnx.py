@@ -119,6 +119,7 @@ def test_label_maps_and_probabilities_are_those_of_torch(make_model, scans, tmp_
     assert image.GetOrigin() == other.GetOrigin() and image.GetSpacing() == other.GetSpacing()
 
 
+@pytest.mark.slow
 def test_colour_photographs_are_segmented(make_model, tmp_path):
     from skimage import io
 
@@ -135,6 +136,7 @@ def test_colour_photographs_are_segmented(make_model, tmp_path):
     assert share_of_equal_voxels(tmp_path / "torch", tmp_path / "onnx", ".png") > 0.9995
 
 
+@pytest.mark.slow
 def test_a_cascade_continues_the_previous_stage(make_model, scans, tmp_path):
     folder, exported = make_model(previous_stage="3d_lowres")
     previous = tmp_path / "previous"
@@ -159,6 +161,7 @@ def test_arrays_are_predicted_as_files_are(model, scans, tmp_path):
     np.testing.assert_array_equal(from_array, from_files)
 
 
+@pytest.mark.slow
 def test_folds_are_averaged(model, scans):
     _, exported = model
     logits = [

@@ -49,6 +49,7 @@ def test_predictions_have_the_geometry_of_their_images(make_predictor, write_ima
             np.testing.assert_allclose(getattr(labels, f"Get{what}")(), getattr(image, f"Get{what}")(), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_probabilities_come_with_properties_and_arguments_are_noted(make_predictor, write_images, tmp_path):
     predictor = make_predictor(folds=(0, 1), use_folds=None)
     predictor.predict_from_files(write_images(["a"]), tmp_path / "out", save_probabilities=True)

@@ -95,6 +95,7 @@ def never():
     raise AssertionError("the CPU is the last resort")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile_size", [(6, 5, 4), (9, 11, 13), (5, 4)])
 @pytest.mark.parametrize("is_weighted", [True, False])
 def test_blending_identical_answers_changes_nothing(tile_size, is_weighted):

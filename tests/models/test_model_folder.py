@@ -37,6 +37,7 @@ print(after - before, total)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells the memory of a process at its peak")
 def test_states_of_optimizers_are_not_loaded_and_weights_outlive_their_files(tmp_path):
     small, large = (write_model(tmp_path / name, folds=(0, 1, 2)) for name in ("small", "large"))

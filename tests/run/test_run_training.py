@@ -215,6 +215,7 @@ def test_a_free_port_is_a_port():
 # ---------------------------------------------------------------------------------------------------- going on
 
 
+@pytest.mark.slow
 def test_a_finished_training_repeats_its_validation_only(dataset):
     train("0")
     before = weights_in(dataset / "checkpoint_final.pth")
@@ -341,6 +342,7 @@ def test_a_training_starts_from_pretrained_weights(dataset):
 # -------------------------------------------------------------------------------------------------------- seeds
 
 
+@pytest.mark.slow
 def test_two_runs_with_a_seed_give_the_same_weights(dataset, monkeypatch):
     monkeypatch.setattr("nnunetv2.training.validation.validate", lambda *_, **__: None)
 

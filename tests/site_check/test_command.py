@@ -104,6 +104,7 @@ def free_port() -> int:
 
 
 # --------------------------------------------------------------------------------------------------- all in order
+@pytest.mark.slow
 def test_what_is_in_order_is_said_and_what_it_will_cost(check, capsys):
     assert check()[0] == 0
     command.main([NAME])
@@ -122,6 +123,7 @@ def test_the_times_of_all_parts_are_two_minutes_at_most():
     assert of_line + checks.DATA_S + checks.TRIAL_S + memory.START_S <= 120
 
 
+@pytest.mark.slow
 def test_without_a_dataset_the_line_alone_is_checked(check):
     assert check(dataset=None) == (0, {})
 

@@ -246,6 +246,7 @@ def test_a_case_stays_together_when_cases_are_sorted():
     assert pairs == {(case["spacing"], case["shape"]) for case in cases}
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_any_split_and_order_of_sites_gives_identical_bytes(data):

@@ -118,6 +118,7 @@ def train_in_steps(folder, step: float, *, num_rounds: int, with_feedback: bool 
     return float(weight[0]), float(kept[0])
 
 
+@pytest.mark.slow
 def test_steps_below_half_a_unit_in_the_last_place_are_not_lost(tmp_path):
     step, num_rounds = 4e-5, 50  # a unit in the last place is 98e-5 there
     weight, kept = train_in_steps(tmp_path, step, num_rounds=num_rounds)

@@ -414,6 +414,7 @@ def test_a_site_that_goes_on_within_a_round_sends_the_change_of_the_average_befo
             np.testing.assert_allclose(end[name], values, rtol=0, atol=largest / 127)
 
 
+@pytest.mark.slow
 def test_a_site_never_adds_changes_to_another_average_than_they_lead_on_from(tmp_path):
     """A coordinator is restored from a backup of an open round, and closes it anew with another site.
 
@@ -470,6 +471,7 @@ def test_a_site_never_adds_changes_to_another_average_than_they_lead_on_from(tmp
                 np.testing.assert_array_equal(weights["C"][key], values)
 
 
+@pytest.mark.slow
 def test_what_rounding_took_is_brought_once_whenever_a_site_was_ended(tmp_path):
     """Its checkpoint is from before the round; the update of the round counted, or another one of an earlier life."""
     settings = make_settings(num_epochs=4, precision="int8")

@@ -64,6 +64,7 @@ def test_any_split_gives_the_bits_of_today_in_float32(seed, size, outlier, data)
     assert np.float32(found.std).tobytes() == np.float32(today.std).tobytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(values=st.integers(1, 30).flatmap(lambda size: arrays(np.float32, size, elements=FLOATS)), data=st.data())
 def test_steps_reach_every_value_and_round_none_by_more_than_half_a_step(values, data):

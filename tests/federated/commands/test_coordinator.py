@@ -414,6 +414,7 @@ def test_help_answers_at_once_without_torch():
     assert done.returncode == 0 and "--deadline S" in done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_errors_are_one_line(tmp_path):
     code = "from nnunetv2.federated.commands.coordinator import coordinator_entry; coordinator_entry()"
     done = subprocess.run(

@@ -115,6 +115,7 @@ def test_what_was_refused_is_not_called_a_wait():
     assert "not closed yet" not in text
 
 
+@pytest.mark.slow
 def test_any_member_may_ask_and_a_site_may_leave(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"), num_epochs=2)) as federation:

@@ -443,6 +443,7 @@ def test_a_site_of_an_engine_cannot_fill_the_log_either(tmp_path):
             assert len(ends.coordinator.state.store.load_events()) <= 16
 
 
+@pytest.mark.slow
 def test_a_site_of_an_engine_may_send_as_many_updates_as_there_are_rounds(tmp_path):
     with both_ends(tmp_path, limits=Limits(lines_per_s=1e-6, lines_at_once=2.0)) as ends:
         ends.begin()

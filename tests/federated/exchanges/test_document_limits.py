@@ -305,6 +305,7 @@ def test_a_site_reads_no_more_of_a_result_than_there_can_be(federation, tmp_path
         client.result(key)
 
 
+@pytest.mark.slow
 def test_how_large_a_pooled_fingerprint_may_be_follows_from_the_cases(federation, tmp_path, monkeypatch):
     def answer_with(message) -> None:
         path = tmp_path / message.kind

@@ -49,6 +49,7 @@ def test_epsilon_is_never_below_what_samples_of_the_privacy_loss_show(steps, del
     assert bound <= found <= 1.1 * bound + 0.02
 
 
+@pytest.mark.slow
 def test_known_figures_come_out():
     """Those of the design, computed by dp-accounting 0.6.0 on another machine."""
     assert epsilon_of([NoisySteps(0.01, 1.0, 10_000)], 1e-4) == pytest.approx(5.392, rel=0.01)

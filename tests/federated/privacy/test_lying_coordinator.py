@@ -215,6 +215,7 @@ def test_a_key_of_another_run_is_refused(three):
     assert code_of(outcomes(sites, lambda site: site.register())["A"]) == "run_key_forged"
 
 
+@pytest.mark.slow
 def test_a_swapped_run_key_of_a_site_that_comes_late_is_refused(tmp_path):
     with lying(tmp_path, sites="ABCD") as liar:
         sites = sites_of(liar, "ABC")
@@ -693,6 +694,7 @@ def come_back(site: MaskedSite) -> messages.Aggregate:
 
 
 # ----------------------------------------------------------------------------------------------------- what it has kept
+@pytest.mark.slow
 def test_an_upload_that_came_too_late_stays_unreadable_even_with_all_other_sites_keys(tmp_path, monkeypatch):
     """The coordinator keeps E's upload, and all other sites give it the keys with which they mask."""
     own_seeds: dict[tuple[str, str], bytes] = {}

@@ -337,6 +337,7 @@ def test_limits_hold(tmp_path):
             open_document(tmp_path / "d", limits=limits)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     edits=st.lists(

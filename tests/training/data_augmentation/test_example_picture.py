@@ -48,6 +48,7 @@ def test_a_picture_is_written(tmp_path, spatial, regions):
     assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 def test_samples_with_foreground_come_first_and_few_are_shown(tmp_path, monkeypatch):
     drawn, draw = [], example_picture._draw
     monkeypatch.setattr(example_picture, "_draw", lambda samples, *rest: drawn.extend(samples) or draw(samples, *rest))

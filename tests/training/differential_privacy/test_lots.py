@@ -38,6 +38,7 @@ class GivenLots:
         return self._lots.pop(0) if self._lots else ["last"]
 
 
+@pytest.mark.slow
 def test_each_patient_is_drawn_with_its_chance_independent_of_the_others():
     """Over 10^5 lots: counts within five standard errors, and so are the counts of pairs and of lots in a row."""
     rate, number = 0.15, 100_000

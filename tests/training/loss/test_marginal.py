@@ -143,6 +143,7 @@ def test_labels_that_nobody_has_annotated_are_background():
         assert loss.renumber(target).dtype == dtype
 
 
+@pytest.mark.slow
 def test_the_loss_can_be_compiled_and_saved_without_buffers():
     loss = MarginalLoss(RobustCrossEntropyLoss(), annotated=[1], num_outputs=3)
     assert not loss.state_dict()

@@ -140,6 +140,7 @@ def test_a_primus_trainer_trains_goes_on_and_predicts(name):
     assert labels.shape == (20, 22, 24) and labels.max() <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny", "small_primus")
 def test_a_primus_trainer_validates():
     trainer = start("nnUNet_PrimusV2S_Trainer")

@@ -196,6 +196,7 @@ def test_a_training_over_the_budget_trains_nothing(site):
     assert ledger_of(site).charges == ()
 
 
+@pytest.mark.slow
 def test_a_charge_of_somebody_else_in_between_is_noticed(site):
     from nnunetv2.federated.privacy.ledger import charge
 
@@ -214,6 +215,7 @@ def test_a_charge_of_somebody_else_in_between_is_noticed(site):
 
 
 # ------------------------------------------------------------------------------------------------------------ refused
+@pytest.mark.slow
 def test_a_ledger_that_lacks_charges_of_a_model_stops_everything(site):
     trainer = make_trainer()
     Path(trainer.output_folder, "privacy.json").write_text(json.dumps({"ledger": {"lines": 9, "head": "f" * 64}}))
@@ -221,12 +223,14 @@ def test_a_ledger_that_lacks_charges_of_a_model_stops_everything(site):
         trainer.check_privacy()
 
 
+@pytest.mark.slow
 def test_few_patients_are_refused(site):
     write_splits(site, 19)
     with pytest.raises(PrivacyRefusedError, match="19 training scans"):
         make_trainer().check_privacy()
 
 
+@pytest.mark.slow
 def test_plans_of_the_same_patients_are_refused_unless_left_uncovered(site):
     with pytest.raises(PrivacyRefusedError, match="--dp_uncovered plans"):
         make_trainer(sigma=30.0).check_privacy()
@@ -236,6 +240,7 @@ def test_plans_of_the_same_patients_are_refused_unless_left_uncovered(site):
     assert not trainer.are_plans_uncovered
 
 
+@pytest.mark.slow
 def test_units_that_do_not_add_up_are_refused(site):
     trainer = make_trainer()
     trainer.initialize()
@@ -250,6 +255,7 @@ def test_units_that_do_not_add_up_are_refused(site):
     make_trainer().check_privacy()  # each patient has one scan: it is the same
 
 
+@pytest.mark.slow
 def test_float16_is_refused_before_anything_is_built(site):
     trainer = make_trainer()
     trainer.grad_scaler = object()
@@ -257,6 +263,7 @@ def test_float16_is_refused_before_anything_is_built(site):
         trainer.initialize()
 
 
+@pytest.mark.slow
 def test_options_of_privacy_need_a_trainer_that_heeds_them(site):
     options = PrivacyOptions(epsilon=3.0)
     with pytest.raises(ValueError, match="nnUNetTrainer trains without differential privacy"):

@@ -23,6 +23,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -174,13 +175,10 @@ async def get_result(request: Request) -> Response:
         outcome = await run_in_threadpool(find)
         wait_s = wanted_wait(request)
         if not isinstance(outcome, Result) and wait_s > 0 and not notifier.stopping:
-            try:
+            with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(change.wait(), wait_s)
-            except asyncio.TimeoutError:
-                pass
-            else:
-                site_of(request)  # it may have been revoked meanwhile
-                outcome = await run_in_threadpool(find)
+            site_of(request)  # it may have been revoked meanwhile
+            outcome = await run_in_threadpool(find)  # without news, too: a gateway is not told of mere progress
     if isinstance(outcome, Result):
         downloads = services_of(request).reception.downloads
         return DigestedFile(outcome.path, outcome.digest, downloads, {"X-Gathering": outcome.key})

@@ -34,6 +34,7 @@ from nnunetv2.federated.protocol.keys import CensusKey, InitialKey, Registration
 from nnunetv2.federated.protocol.strict_json import encode_json
 from nnunetv2.federated.site.credential import SiteCredential
 from nnunetv2.federated.site.transport import Transport
+from nnunetv2.federated.site.transports import http as client_module
 from nnunetv2.federated.site.transports.http import HttpTransport
 from nnunetv2.federated.site.transports.http_requests import BearerToken, NoAnswerError, open_session
 
@@ -64,7 +65,8 @@ def test_the_client_is_a_transport(federation):
         assert client.status().federation == "test"
 
 
-def test_the_progress_line_names_who_is_missing_and_only_when_that_changes(tmp_path):
+def test_the_progress_line_names_who_is_missing_and_only_when_that_changes(tmp_path, monkeypatch):
+    monkeypatch.setattr(client_module, "POLL_S", 1.0)  # gateways are not told of mere progress
     with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"))) as federation:
         lines: list[str] = []
 
@@ -426,7 +428,8 @@ def test_plain_http_beyond_this_machine_must_be_allowed():
     HttpTransport(SiteCredential("http://hospital.example", "test", "A", "A.x", insecure=True)).close()
 
 
-def test_closing_ends_what_another_thread_waits_for(tmp_path):
+def test_closing_ends_what_another_thread_waits_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(client_module, "POLL_S", 1.0)
     with served(tmp_path / "federation", make_settings(sites=("A", "B", "C"))) as federation:
         lines: list[str] = []
         client = federation.client("A", lines)
