@@ -30,7 +30,7 @@ REFERENCE = Path(os.environ.get("FEDNNUNET_REFERENCE", PROJECT / ".venv-referenc
 
 @dataclass(frozen=True)
 class Task:
-    """What is loaded and augmented."""
+    """The data that is loaded and augmented."""
 
     shape: tuple[int, int, int]
     patch: tuple[int, ...]

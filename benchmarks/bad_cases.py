@@ -3,7 +3,7 @@
     python benchmarks/bad_cases.py --cases 1000
 
 Runs the installed commands in a folder of its own: one image is cut off, one label has another shape, one label is
-missing. Prints what each step took, and fails unless exactly the sound cases are used from the fingerprint to the
+missing. Prints the time of each step, and fails unless exactly the sound cases are used from the fingerprint to the
 splits. 1,000 cases take about five minutes on two cores.
 """
 
@@ -67,7 +67,7 @@ def write_phantoms(raw: Path, num_cases: int) -> list[str]:
 
 
 def run(folder: Path, num_cases: int, report: Callable[[str], None] = print) -> None:
-    """Run all steps below a folder and check what they used.
+    """Run all steps below a folder and check the cases that they used.
 
     Raises:
         SystemExit: A command failed, or used other cases than the sound ones.

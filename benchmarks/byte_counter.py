@@ -1,4 +1,4 @@
-"""Count what crosses the network: a TCP relay that stands between one site and the coordinator."""
+"""Count bytes on the network: a TCP relay between one site and the coordinator."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def without_costs(result: Path) -> dict[str, Any]:
 
 
 def find_last_step(log: Path) -> str:
-    """Return the last line that says what was done."""
+    """Return the last line of a log that names a step."""
     lines = [line for line in log.read_text(encoding="utf-8").splitlines() if "$ " in line or line.startswith("---")]
     return lines[-1][:110] if lines else "nothing yet"
 

@@ -1,9 +1,9 @@
-"""Measure what status, page and figures cost a coordinator after few and after many rounds.
+"""Measure the coordinator's costs of status, page and figures after few and many rounds.
 
     python -m benchmarks.coordinator_history [--sites 200] [--rounds 20 2000] [--requests 15]
 
-Rows of rounds are written directly: what is measured is reading, not the rounds themselves. Times are milliseconds of
-the fastest request, so that what else the machine does hardly counts. The overview is asked for at intervals at which
+Rows of rounds are written directly: the measurement is of reading, not of the rounds themselves. Times are milliseconds
+of the fastest request, so that other load of the machine hardly counts. The overview is asked for at intervals at which
 it is computed anew. All should be the same after any number of rounds: the last column is the ratio to the first block.
 """
 
@@ -114,7 +114,7 @@ def _record(number: int, names: Sequence[str], moment: float) -> dict[str, objec
 
 
 def measure(folder: Path, *, rounds: int, requests: int) -> dict[str, float]:
-    """Serve a folder and return what each question costs, and the coordinator's memory in MiB."""
+    """Serve a folder and return the cost of each question, and the coordinator's memory in MiB."""
     code = "import sys; from nnunetv2.federated.commands.coordinator import main; sys.exit(main(sys.argv[1:]))"
     begin = time.monotonic()
     with (folder.parent / "coordinator.log").open("wb") as log:

@@ -42,7 +42,7 @@ FEDERATION = "benchmark"
 
 @dataclass
 class Figures:
-    """What was measured on one of the two ways."""
+    """The measurements of one of the two ways."""
 
     cpu_before: float = 0.0
     cpu_after: float = 0.0
@@ -236,7 +236,7 @@ def _job_pid(server: int) -> int:
 
 
 def report(found: dict[str, Figures], size: float, num_sites: int) -> None:
-    """Print what was measured, side by side."""
+    """Print the measurements, side by side."""
     print(f"\n{num_sites} sites, {size:.1f} MiB; load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     for way, figures in found.items():
         seconds = np.diff(figures.closed_at)

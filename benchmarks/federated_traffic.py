@@ -1,4 +1,4 @@
-"""Measure what a round costs on the wire: bytes per site, each way, against the distinct tensors of the network.
+"""Measure a round's bytes on the wire: per site, each way, against the distinct tensors of the network.
 
     python -m benchmarks.federated_traffic [--sites 3] [--rounds 3] [--stages 6] [--precision int8 --exchange-every 3]
 

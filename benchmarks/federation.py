@@ -2,11 +2,11 @@
 
     python -m benchmarks.federation [--sites 64] [--few 4] [--idle 500] [--only round idle line slow start] [--folder F]
 
-    round   all sites upload at once, the round is closed, all download: rates, beside what disk and loopback can do
+    round   all sites upload at once, the round is closed, all download: rates, beside those of disk and loopback
             at the same time, and the coordinator's memory; with few sites and with many
     idle    sites that wait for a result: the coordinator's share of a core
-    line    what an epoch of 30 s takes longer in a federation, on a line of 1 Gbit/s
-    slow    what three epochs of 60 s take longer on a line of 4 Mbit/s, in eight bits; not among the default
+    line    the delay of an epoch of 30 s in a federation, on a line of 1 Gbit/s
+    slow    the delay of three epochs of 60 s on a line of 4 Mbit/s, in eight bits; not among the default
     start   from the start of the process to the first answer: new, after kill -9, and with a thousand rounds behind it
 
 Needs about 130 MB of disk per site in --folder (default: a temporary folder), which is removed again. Linux.
@@ -165,7 +165,7 @@ def make_updates(folder: Path, specs: dict[str, TensorSpec], number: int) -> lis
 def disk_rate(folder: Path, size: int, number: int) -> float:
     """Return the MiB/s at which so many files of `size` bytes reach the disk, each synced.
 
-    As many as the sites send: what a disk or its host takes at first, it does not take for long.
+    As many as the sites send: the first rate of a disk or its host does not last.
     """
     content = memoryview(np.random.default_rng(0).bytes(size))
     begin = time.monotonic()
@@ -207,7 +207,7 @@ def _send_file(port: int, path: Path, number: int) -> None:
 # ------------------------------------------------------------------------------------------------------ measurements
 @dataclass(frozen=True)
 class RoundCosts:
-    """What one round of so many sites has cost the coordinator, beside what disk and loopback can do."""
+    """The coordinator's costs of a round of so many sites, beside the rates of disk and loopback."""
 
     num_sites: int
     size: float
@@ -238,7 +238,7 @@ class RoundCosts:
 
 
 def play_measured_round(folder: Path, num_sites: int) -> RoundCosts:
-    """Let all sites take part in one round, and measure what that costs."""
+    """Let all sites take part in one round, and measure its costs."""
     specs = network_specs()
     size = sum(spec.nbytes for spec in specs.values())
     updates = make_updates(folder, specs, min(num_sites, DISTINCT_UPDATES))
@@ -356,14 +356,14 @@ def measure_idle(folder: Path, num_sites: int, seconds: float = 60.0) -> tuple[f
 
 
 def measure_line(folder: Path) -> None:
-    """Print what a federation costs a training on a line of 1 Gbit/s."""
+    """Print the time that a federation costs a training on a line of 1 Gbit/s."""
     from benchmarks.federation_line import measure
 
     measure(folder)
 
 
 def measure_slow_line(folder: Path) -> None:
-    """Print what a federation in eight bits costs a training on a line of 4 Mbit/s."""
+    """Print the time that a federation in eight bits costs a training on a line of 4 Mbit/s."""
     from benchmarks.federation_line import measure_slow
 
     measure_slow(folder)

@@ -48,7 +48,7 @@ def make_federation(
 
 @dataclass
 class Memory:
-    """What a process holds, in MiB."""
+    """The memory of a process, in MiB."""
 
     rss: float = 0.0
     pss: float = 0.0
@@ -56,7 +56,7 @@ class Memory:
 
     @classmethod
     def of(cls, pid: int) -> Memory:
-        """Read what a process holds now."""
+        """Read the memory that a process holds now."""
         text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
         return cls(
             *(int(re.search(rf"^{name}: +([0-9]+)", text, re.M)[1]) / 1024 for name in ("Rss", "Pss", "Anonymous"))
@@ -116,7 +116,7 @@ class Running:
 
     @property
     def log(self) -> Path:
-        """The file that holds what it prints."""
+        """The file that holds its output."""
         return self.folder.with_suffix(".log")
 
     def cpu_seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""Measure what a federation costs a training on its line: real trainers whose iterations only wait.
+"""Measure a training's delay by a federation on its line: real trainers whose iterations only wait.
 
 Two sites, each a process with the real trainer, client and network of 31.2 million parameters, reach a real coordinator
 over lines that the kernel shapes (`shaped_lines.py`), or through relays where that cannot be had. Iterations are
@@ -64,7 +64,7 @@ SLOW = Pace(epoch_s=60.0, num_epochs=3 * SLOW_EVERY)
 
 @dataclass(frozen=True)
 class Epochs:
-    """What a training took, epoch by epoch."""
+    """The times of a training's epochs."""
 
     seconds: list[float]
     waited: list[float]
@@ -78,7 +78,7 @@ class EnoughError(Exception):
 def train(
     folder: Path, trainer_name: str, credential: SiteCredential | None, namespace: str | None = None, pace: Pace = FAST
 ) -> Epochs:
-    """Train in this process, and return what the epochs took.
+    """Train in this process, and return the times of the epochs.
 
     Args:
         folder: Of this site; a file BEGUN appears there with the first epoch.
@@ -131,7 +131,7 @@ def make_trainer_class(name: str, pace: Pace, begun: Path) -> type:
 
         def on_train_start(self):
             super().on_train_start()
-            for parameter in self.network.parameters():  # what the first iteration would have made
+            for parameter in self.network.parameters():  # those that the first iteration would have made
                 self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
         def on_epoch_start(self):
@@ -144,7 +144,7 @@ def make_trainer_class(name: str, pace: Pace, begun: Path) -> type:
         def _run_steps(self, phase, step, batches, number):
             end = time.monotonic() + (pace.epoch_s - pace.validation_s if phase == "training" else pace.validation_s)
             while (left := end - time.monotonic()) > 0:
-                for parameter in self.network.parameters():  # what is trained stays in memory and caches
+                for parameter in self.network.parameters():  # trained weights stay in memory and caches
                     parameter.detach().add_(self.optimizer.state[parameter]["momentum_buffer"])  # zeros
                 time.sleep(min(1.0, max(0.0, left)))
             counts = {name: np.ones(2) for name in ("tp_hard", "fp_hard", "fn_hard")}
@@ -160,7 +160,7 @@ def make_trainer_class(name: str, pace: Pace, begun: Path) -> type:
 
 # ---------------------------------------------------------------------------------------------------------- measuring
 def measure(folder: Path) -> None:
-    """Print what an epoch takes alone and in a federation."""
+    """Print the time of an epoch, alone and in a federation."""
     with ProcessPoolExecutor(3, multiprocessing.get_context("spawn")) as pool:
         alone = pool.submit(train, folder / "alone", PLAIN, None)
         is_shaped = can_be_shaped()
@@ -242,7 +242,7 @@ def open_lines(
 
 # -------------------------------------------------------------------------------------------------------- a slow line
 def measure_slow(folder: Path) -> None:
-    """Print what rounds of three epochs in eight bits take alone and in a federation, at 4 Mbit/s."""
+    """Print the time of rounds of three epochs in eight bits, alone and in a federation, at 4 Mbit/s."""
     if not can_be_shaped():
         print("\nlines of 4 Mbit/s cannot be shaped here: that takes Linux, root, and the commands ip and tc")
         return
@@ -308,7 +308,7 @@ def sites_of(folder: Path, trainers: tuple[str, ...]) -> list[Path]:
 
 
 def slow_down_when_begun(sites: dict[str, Path], trainings: list[Future[Epochs]]) -> None:
-    """Give each line its rate when its site has begun the first epoch; raise what a training raises before."""
+    """Give each line its rate when its site has begun the first epoch; raise errors of trainings before."""
     deadline = time.monotonic() + 600
     while sites:
         for training in trainings:
@@ -323,6 +323,6 @@ def slow_down_when_begun(sites: dict[str, Path], trainings: list[Future[Epochs]]
 
 
 def rounds_of(epochs: Epochs) -> list[float]:
-    """Return what rounds took, without the first one, in which nothing of an earlier one is exchanged."""
+    """Return the times of rounds, without the first one, in which nothing of an earlier one is exchanged."""
     seconds = epochs.seconds
     return [sum(seconds[begin : begin + SLOW_EVERY]) for begin in range(SLOW_EVERY, len(seconds), SLOW_EVERY)]

@@ -1,7 +1,7 @@
-"""Play many sites of a federation in one process: what the benchmark of the coordinator sends at it.
+"""Play many sites of a federation in one process: the load of the coordinator's benchmark.
 
 A site here costs next to nothing, so that the machine's cores are the coordinator's: documents are made beforehand, go
-out by sendfile, and what comes back is counted and thrown away.
+out by sendfile, and the answers are counted and thrown away.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RECEIVE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class PlayedSite:
-    """A site, and what it sends."""
+    """A site, and its documents."""
 
     token: str
     document: Path

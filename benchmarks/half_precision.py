@@ -1,11 +1,11 @@
-"""Measure half precision on the wire: what conversion and closing cost, and where small trainings end.
+"""Measure half precision on the wire: the costs of conversion and closing, and the results of small trainings.
 
     python -m benchmarks.half_precision [--only conversion closing training] [--rounds 30] [--seeds 3]
 
 Bytes are counted by `federated_traffic.py --precision float16`. Closing is the aggregation of three updates in files,
-with the rounding of what sites download. The trainings are those of nnU-Net's trainer, of tiny networks at three sites
-with cases of their own; between the epochs weights go the way that they go in a federation, through documents, but in
-one process, so that chance is the same in float32, in float16, and in float16 whose rests are forgotten.
+with the rounding of the aggregate to download. The trainings are those of nnU-Net's trainer, of tiny networks at three
+sites with cases of their own; between the epochs weights pass through documents as in a federation, but in one process,
+so that chance is the same in float32, in float16, and in float16 whose rests are forgotten.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def large_weights(seed: int) -> dict[str, np.ndarray]:
 
 
 def measure_conversion() -> None:
-    """Time what a site does to send and to take over its weights."""
+    """Time the steps of a site to send and take over weights."""
     weights = large_weights(0)
     feedback = float16.Float16WithErrorFeedback()
     sent = feedback.encode(weights)
@@ -72,7 +72,7 @@ def measure_conversion() -> None:
 
 
 def measure_closing(folder: Path) -> None:
-    """Time the aggregation of three updates, and of what sites download where that is a file of its own."""
+    """Time the aggregation of three updates, and of the file to download where that is one of its own."""
     for precision in ("float32", "float16"):
         documents = [
             write(folder / f"{precision}.{site}", large_weights(seed), precision if seed else "float32")
@@ -100,7 +100,7 @@ def write(path: Path, weights: Mapping[str, np.ndarray], precision: str = "float
 
 
 def merge(before: Path, updates: Sequence[Path], result: Path, precision: str) -> None:
-    """Do what the coordinator does when a round is complete."""
+    """Aggregate a complete round as the coordinator does."""
     with ExitStack() as stack:
         previous, *documents = [stack.enter_context(open_document(path)) for path in (before, *updates)]
         sites = dict(zip(SITES, documents))
@@ -125,7 +125,7 @@ class Wire:
         self._last = write(folder / "initial", initial)
 
     def download(self) -> dict[str, np.ndarray]:
-        """Return what all sites go on from."""
+        """Return the weights that all sites go on from."""
         with open_document(self._last) as document:
             kept = {name: document.read(name).copy() for name in document.specs}
         if self.precision == "float32":

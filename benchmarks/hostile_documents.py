@@ -1,11 +1,11 @@
-"""Send a coordinator documents whose JSON is meant to hurt it, and measure what they take from it and from others.
+"""Send a coordinator documents whose JSON is meant to hurt it, and measure the damage to it and to others.
 
     python -m benchmarks.hostile_documents [--mib 30]
 
 Each shape of JSON is sent in each kind of message, once with so many MiB, and once as large as that kind may be (for
 a summary of cases: the kind that may be largest, of a site that says that it has 100,000). While
 a document is on its way, another site asks for the settings again and again. A line tells the answer, the seconds
-until it was there, the coordinator's peak of memory over what it held before, and the other site's longest wait.
+until it was there, the coordinator's peak of memory over that before, and the other site's longest wait.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Damage:
-    """What a document has cost."""
+    """The costs of a document."""
 
     answer: str
     seconds: float
@@ -96,9 +96,9 @@ class Damage:
 
 
 def document(message: str) -> bytes:
-    """Return a document with a message, and what the message looks like inside of it.
+    """Return the bytes of a document with a message.
 
-    Its quotation marks are escaped as JSON wants it; "hidden brackets" come with escapes of their own.
+    The message's quotation marks are escaped as JSON wants it; "hidden brackets" come with escapes of their own.
     """
     text = f'{{"protocol":1,{message}}}'.replace('"', '\\"')
     header = f'{{"__metadata__":{{"message":"{text}"}}}}'.encode()
@@ -147,7 +147,7 @@ def asking(url: str, token: str) -> Iterator[list[float]]:
 
 
 def go_on(url: str, tokens: dict[str, str]) -> None:
-    """Let both sites send what has to be there before summaries and updates are taken."""
+    """Let both sites send the documents that must precede summaries and updates."""
     for site, token in tokens.items():
         census = messages.Census(num_cases=CASES if site == "M" else 3, channel_names={"0": "CT"}, labels={"a": 1})
         registration = messages.Registration(
@@ -182,7 +182,7 @@ def memory(pid: int, field: str) -> float:
 
 
 def measure(pid: int, url: str, tokens: dict[str, str], key: str, body: bytes) -> Damage:
-    """Send one document, and find out what it costs."""
+    """Send one document, and measure its costs."""
     Path(f"/proc/{pid}/clear_refs").write_text("5", encoding="ascii")  # forget the peak so far
     before = memory(pid, "VmRSS")
     with asking(url, tokens["A"]) as waits:

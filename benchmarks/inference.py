@@ -4,8 +4,8 @@
     python benchmarks/inference.py --part export         # 25 classes, 150x256x256 -> 300x512x512
     python benchmarks/inference.py --part predict        # five CT-like volumes, from files to files
 
-Each measurement is a fresh process; ours and the reference take turns, and medians count. Memory is what the processes
-of a measurement hold together at most (proportional set size), libraries and logits included.
+Each measurement is a fresh process; ours and the reference take turns, and medians count. Memory is the peak of all
+processes of a measurement together (proportional set size), libraries and logits included.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Measure what many sites cost one coordinator over HTTP: memory, rates, polls.
+"""Measure the load of many sites on one coordinator over HTTP: memory, rates, polls.
 
     python -m benchmarks.many_sites [--sites 4 16 64 256] [--polling 1000] [--only round polling] [--folder F]
 
@@ -48,10 +48,10 @@ def row(found: RoundCosts) -> list[str]:
 
 
 def measure_rounds(folder: Path, numbers: Sequence[int]) -> None:
-    """Print what a round costs, for each number of sites that the disk has room for."""
+    """Print the costs of a round, for each number of sites that the disk has room for."""
     print(f"| {' | '.join(HEAD)} |\n|{'---|' * len(HEAD)}", flush=True)
     for number in numbers:
-        needed = (number + min(number, DISK_PROBES) + 8) * 120 * MIB  # the updates, and what tells the disk's rate
+        needed = (number + min(number, DISK_PROBES) + 8) * 120 * MIB  # the updates, and the probes of the disk's rate
         if shutil.disk_usage(folder).free < needed:
             print(f"| {number} | not measured: {folder} has less than {needed / MIB / 1024:.0f} GiB free |", flush=True)
             continue
@@ -61,14 +61,14 @@ def measure_rounds(folder: Path, numbers: Sequence[int]) -> None:
 
 
 def measure_polling(folder: Path, number: int) -> None:
-    """Print what sites that wait cost."""
+    """Print the costs of sites that wait."""
     with tempfile.TemporaryDirectory(dir=folder) as name:
         share, memory = measure_idle(Path(name), number)
     print(describe_polling(number, share, memory), flush=True)
 
 
 def describe_polling(number: int, share: float, memory: Memory) -> str:
-    """Return what was wanted beside what was measured."""
+    """Return the wanted figures beside the measured ones."""
     return (
         f"{number} sites that wait: {share:.1%} of a core (wanted: below {POLLING_SHARE:.0%}), {memory.rss:.0f} MiB "
         f"(wanted: below {POLLING_MIB})"

@@ -264,7 +264,7 @@ class Network:
             self._admin = None
 
     def log(self, name: str) -> str:
-        """Return what a participant and its jobs have logged."""
+        """Return the logs of a participant and its jobs."""
         files = [self.folder / f"{name}.log", *sorted(self.kit(name).rglob("log.txt"))]
         return "\n".join(file.read_text(errors="replace") for file in files if file.exists())
 

@@ -212,7 +212,7 @@ def train(part: str, arguments: argparse.Namespace, folder: Path, run: Run) -> N
 # --------------------------------------------------------------------------------------------------------- agreement
 @dataclass(frozen=True)
 class Agreement:
-    """What two ways to predict have in common."""
+    """The agreement of two ways to predict."""
 
     same: float
     """Share of voxels with the same label."""
@@ -237,7 +237,7 @@ def compare_maps(pairs: Iterable[tuple[np.ndarray, np.ndarray]]) -> Agreement:
 
 
 def find_faults(agreement: Agreement, time_ratio: float) -> list[str]:
-    """Return what is not as it should be, in words."""
+    """Return the faults, in words."""
     predicted = [label for label, share in agreement.shares.items() if share > 0]
     faults = []
     if len(predicted) < 2:

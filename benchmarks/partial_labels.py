@@ -104,7 +104,7 @@ class Arm:
         return "nnUNetTrainer" if self.options is None else "nnUNetTrainerAsymFedAvg"
 
     def run(self) -> None:
-        """Plan, preprocess and train at all sites, unless that is done; go on with what was interrupted."""
+        """Plan, preprocess and train at all sites, unless that is done; go on with interrupted steps."""
         done = self.folder / "done"
         if done.exists():
             return
@@ -139,7 +139,7 @@ class Arm:
         )
 
     def score(self) -> dict[str, dict[str, float]]:
-        """Return the Dice of each class at each site, by the model of that site; NaN for what a model has not."""
+        """Return the Dice per class and site by the site's model; NaN for missing classes."""
         common = ["-c", TASK.configuration, "-f", "0", "-tr", self.trainer, "-device", "cpu"]
         self._everywhere(
             "predict",
@@ -195,7 +195,7 @@ class Arm:
 
 # ----------------------------------------------------------------------------------------------------------- report
 def table(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> list[str]:
-    """Return the lines of a table: Dice of each class at each site, by arm; a star marks what the site annotates."""
+    """Return a table's lines: Dice per class and site, by arm; a star marks annotated classes."""
     lines = ["| site | class | " + " | ".join(scores) + " | union / full |", "|---" * (len(scores) + 3) + "|"]
     for site, annotated in ANNOTATED.items():
         for name in ("anterior", "posterior"):

@@ -91,7 +91,7 @@ MEASUREMENTS: dict[str, tuple[str, Callable[[Side], Measured], float]] = {
     "listing": ("listing a dataset of 3000 cases", lambda side: side.task("listing"), 1),
     "planning": ("planning with nnUNetPlannerResEncL", lambda side: side.task("planning"), 3),
 }
-"""Name -> (line of the table, what to run, how many times faster it should be)."""
+"""Name -> (line of the table, function to run, how many times faster it should be)."""
 
 
 def build_parser() -> argparse.ArgumentParser:

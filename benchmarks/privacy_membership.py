@@ -76,7 +76,7 @@ def train(patients: dict, *, sigma: float) -> float:
 
 
 def attack(*, epsilon: float | None, trainings: int, confidence: float = 0.95) -> Attack:
-    """Train with and without the canary, and return what the losses show.
+    """Train with and without the canary, and return the evidence of the losses.
 
     The threshold is chosen on the first half of the trainings, and counted on the second.
 
@@ -112,7 +112,7 @@ def _epsilon(hits: np.ndarray, false_alarms: np.ndarray, confidence: float) -> f
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Attack trainings with and without noise, and print what that shows."""
+    """Attack trainings with and without noise, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trainings", type=int, default=200)
     parser.add_argument("--epsilon", type=float, default=1.0)

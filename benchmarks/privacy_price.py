@@ -1,4 +1,4 @@
-"""Measure what differential privacy for each patient costs in Dice: hippocampus MR, plain and with epsilon 8 and 3.
+"""Measure the cost in Dice of differential privacy for each patient: hippocampus MR, plain and with epsilon 8 and 3.
 
     python -m benchmarks.privacy_price --data FOLDER_OF_HIPPOCAMPUS --folder WORK [--epochs 20 --steps 15 --lot 8]
 
@@ -159,7 +159,7 @@ class Comparison:
         return {"dice": dice}
 
     def run(self, arm: Arm, checkpoint: Path) -> dict[str, Any]:
-        """Train an arm at all sites, and return the test Dice per site, and what was spent."""
+        """Train an arm at all sites, and return the test Dice per site, and the privacy spent."""
         from nnunetv2.federated.site.transports.http import HttpTransport
         from nnunetv2.run.load_pretrained_weights import load_pretrained_weights
         from nnunetv2.training.differential_privacy.options import PrivacyOptions

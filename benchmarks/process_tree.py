@@ -26,7 +26,7 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
     """Run a command in an empty folder, so that no package is found by accident.
 
     Raises:
-        RuntimeError: It failed. The message holds the end of what it printed.
+        RuntimeError: It failed. The message holds the end of its output.
     """
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()

@@ -7,7 +7,7 @@
     site         processor time of a site's masked update beside the plain one, and beside the streams that it takes
     coordinator  processor time of closing a round of 8 sites beside a plain one
     round        many sites, one round with one and one with three of them gone: exact average, the coordinator's memory
-    line         what a round of 8 sites takes behind one line of 1 Gbit/s, beside the same round in clear
+    line         the time of a round of 8 sites behind one line of 1 Gbit/s, beside the same round in clear
 
 6 stages are nnU-Net's 31.2 million parameters. `round` needs some 260 MB of disk per site for a while. Linux; `line`
 needs root, and the commands ip and tc.
@@ -264,11 +264,11 @@ class MeasuredSite:
         self.participant.register(self.registration)
 
     def start(self) -> None:
-        """Receive what the next round starts from."""
+        """Receive the weights that the next round starts from."""
         self.participant.start(0, self.initial)
 
     def plan(self, number: int) -> RoundPlan:
-        """Return what is added up."""
+        """Return the plan of the round's sum."""
         plan = self.participant._masked._plan(keys.RoundKey(RUN, number))
         assert plan is not None
         return plan
@@ -303,7 +303,7 @@ def join_all(
 
 
 def registration_of(specs: Mapping[str, TensorSpec]) -> messages.Registration:
-    """Return what a site registers with."""
+    """Return the registration of a site."""
     return messages.Registration(
         configuration="3d_fullres",
         fold="0",
@@ -368,7 +368,7 @@ def play_round(
 
 # -------------------------------------------------------------------------------------------------------------- line
 def measure_line(specs: Mapping[str, TensorSpec], folder: Path, num_sites: int = 8) -> None:
-    """Print what rounds over one line take, masked and in clear."""
+    """Print the times of rounds over one line, masked and in clear."""
     if not can_be_shaped():
         print("line: a line of 1 Gbit/s cannot be shaped here: that takes Linux, root, and the commands ip and tc")
         return
@@ -385,7 +385,7 @@ def measure_line(specs: Mapping[str, TensorSpec], folder: Path, num_sites: int =
 
 
 def play_on_a_line(specs: Mapping[str, TensorSpec], folder: Path, num_sites: int, *, is_masked: bool) -> list[float]:
-    """Return what rounds took, each from the first site's begin to the last one's end."""
+    """Return the times of rounds, each from the first site's begin to the last one's end."""
     names = tuple(f"site{number:03d}" for number in range(num_sites))
     settings = FederationSettings(
         federation="benchmark",

@@ -65,7 +65,7 @@ def _shaped_line(index: int, bytes_per_s: float) -> Iterator[str]:
 
 
 def change_rate(namespaces: Iterable[str], bytes_per_s: float) -> None:
-    """Give these lines another rate in each direction; what travels on them goes on with it."""
+    """Give these lines another rate in each direction; transfers on them go on with it."""
     for name in namespaces:
         _shape("change", name, bytes_per_s)
 

@@ -1,4 +1,4 @@
-"""Measure what silent connections of a stranger cost the members of a federation.
+"""Measure the costs of a stranger's silent connections to the members of a federation.
 
     python -m benchmarks.silent_connections [--files 1024] [--held 10000] [--burst 15000] [--seconds 20]
 
@@ -204,7 +204,7 @@ class Member:
 
 @dataclass
 class Figures:
-    """What was seen while the stranger was there."""
+    """The figures while the stranger was there."""
 
     seconds: list[float] = field(default_factory=list)
     failures: int = 0
@@ -230,7 +230,7 @@ def watch(server: Coordinator, seconds: float) -> Figures:
 
 
 def measure(folder: Path, *, is_encrypted: bool, reopens: bool, number: int, files: int, seconds: float) -> bool:
-    """Measure one way of being silent, print what was seen, and tell whether it is what is wanted."""
+    """Measure one way of being silent, print the figures, and tell whether they are good."""
     with coordinator(folder, *(["--tls"] if is_encrypted else []), files=files) as server:
         kept_by = Member(server, STRANGER)
         with closing(kept_by.connect()) as kept:

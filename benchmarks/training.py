@@ -265,7 +265,7 @@ def measure_turns(folder: Path, python: str, value: dict, repeats: int) -> None:
         for _ in range(repeats):
             for name, values in pauses.items():
                 values.append(ask(processes[name], "between"))
-        # The first end of an epoch imports what draws the curves, and touches the memory of snapshots.
+        # The first end of an epoch imports the plotting library, and touches the memory of snapshots.
         pauses = {name: values[1:] or values for name, values in pauses.items()}
         summarize("between epochs", pauses["reference"], pauses["bfloat16"])
         print(f"  limit: {LONGEST_BETWEEN_EPOCHS_S} s", flush=True)

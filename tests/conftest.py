@@ -11,7 +11,7 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# A shell lets what it starts in the background ignore Ctrl-C, and all processes of ours would inherit that.
+# A shell lets its background processes ignore Ctrl-C, and all processes of ours would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 PROJECT = Path(__file__).resolve().parents[1]

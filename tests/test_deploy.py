@@ -1,4 +1,4 @@
-"""The files under deploy/ are accepted by the programs that read them, and speak of what there is."""
+"""The files under deploy/ are accepted by the programs that read them, and name existing things."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_the_command_of_the_backup_saves_the_federation_of_the_unit(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------- container
 def instructions() -> list[tuple[str, str]]:
-    """Return the instructions of the container file, and what follows each."""
+    """Return the instructions of the container file, with their arguments."""
     text = re.sub(r"^#.*\n", "", CONTAINER.read_text(encoding="utf-8"), flags=re.M).replace("\\\n", " ")
     return [tuple(line.split(None, 1)) for line in text.splitlines() if line.strip()]
 

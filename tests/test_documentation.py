@@ -1,4 +1,4 @@
-"""What the pages say exists: commands, options, environment variables, links."""
+"""The pages name existing commands, options, environment variables and links."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path) -> str:
 # -------------------------------------------------------------------------------------------------------- commands
 @cache
 def commands() -> dict[str, str]:
-    """Return what the package installs: command -> module:function."""
+    """Return the installed commands: command -> module:function."""
     (table,) = (
         node.value
         for node in ast.parse(read(PROJECT / "setup.py")).body
@@ -91,7 +91,7 @@ def all_commands() -> list[str]:
 @pytest.mark.parametrize("command", all_commands())
 def test_every_command_on_the_pages_is_one(command):
     program, *arguments = shlex.split(command)
-    if "..." in arguments:  # stands for what the command needs beside what the page speaks of
+    if "..." in arguments:  # stands for further required arguments
         assert {word for word in arguments if word.startswith("-")} <= options_of(parser_of(program))
     else:
         parser_of(program).parse_args(arguments)

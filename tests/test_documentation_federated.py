@@ -1,4 +1,4 @@
-"""What the pages about federations say is what the package does: messages, routes, refusals, limits, figures."""
+"""The pages about federations agree with the package: messages, routes, refusals, limits, figures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs written for the release: what they import by a star, replace, override and pass by name."""
+"""Programs written for the release: names that they import by a star, replace, override and pass."""
 
 from __future__ import annotations
 

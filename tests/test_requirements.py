@@ -1,4 +1,4 @@
-"""What setup.py requires is what the package imports."""
+"""The requirements of setup.py are the imports of the package."""
 
 import ast
 import re

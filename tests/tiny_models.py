@@ -17,7 +17,7 @@ LINEAR = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
 
 @dataclass(frozen=True)
 class TinyModel:
-    """What distinguishes one model from another."""
+    """The differences between models."""
 
     patch_size: Sequence[int] = (16, 12, 20)
     spacing: Sequence[float] = (2.0, 1.0, 1.0)

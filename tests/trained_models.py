@@ -1,4 +1,4 @@
-"""Write what trainings of several models leave behind: folds with validation label maps and probabilities."""
+"""Write the results of trainings of several models: folds with validation label maps and probabilities."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class RankedRegion:
 
     region: Region
     score: float
-    """Of its distance, in spreads above what is usual for its class in a whole case."""
+    """Of its distance, in spreads above the median of its class in whole cases."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Audit:
     cut: float
     false_alarms: float
     usual: dict[bool, dict[str, Usual]]
-    """What is usual for cases that were seen (True) or not: class -> figures."""
+    """The usual figures of cases that were seen (True) or not: class -> figures."""
     cases: list[RankedCase]
     """Most doubtful first."""
     failed: dict[str, str]
@@ -103,7 +103,7 @@ def name_classes(labels: LabelManager) -> dict[str, tuple[int, ...]]:
 def compare_files(
     label_file: str, prediction_file: str, reader: BaseReaderWriter, classes: Classes, ignore_label: int | None
 ) -> Disagreement | str:
-    """Compare a label map with its prediction; return what went wrong in words, if so."""
+    """Compare a label map with its prediction; return errors as text."""
     try:
         label, properties = reader.read_seg(label_file)
         prediction, _ = reader.read_seg(prediction_file)

@@ -40,7 +40,7 @@ class Region:
     centre: tuple[int, ...]
     """Voxel `(z, y, x)`."""
     description: str
-    """What the prediction suggests, in words."""
+    """The suggestion of the prediction, in words."""
 
 
 @dataclass(frozen=True)

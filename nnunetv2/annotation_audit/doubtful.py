@@ -1,4 +1,4 @@
-"""Decide which labels are doubtful, by what is usual in their dataset.
+"""Decide which labels are doubtful, by comparison within their dataset.
 
 A network is never right everywhere, so a figure of a case says something only beside those of others. Two figures are
 taken of every class: the distance of label and prediction, and the offset between their boundaries, which is large if
@@ -81,7 +81,7 @@ def describe_usual(figures: Sequence[Figures]) -> Usual:
 
 
 def describe_classes(cases: Iterable[Mapping[str, Figures]]) -> dict[str, Usual]:
-    """Return what is usual for each class, given the figures per class of all cases."""
+    """Return the usual figures of each class, from those of all cases."""
     by_class: dict[str, list[Figures]] = {}
     for classes in cases:
         for name, figures in classes.items():

@@ -19,7 +19,7 @@ _SIDE = 260
 """Pixels of the longer side of a panel."""
 _MARGIN_MM = 12.0
 _LEAST_MM = 40.0
-"""So much of a slice is shown at least, around what is labelled in it."""
+"""So much of a slice is shown at least, around its labelled voxels."""
 
 
 class CasePainter:
@@ -71,7 +71,7 @@ def colour_of(number: int) -> str:
 
 
 def _window(mask: np.ndarray, middle: Sequence[int], spacing: Sequence[float]) -> tuple[slice, ...]:
-    """Return the part of a slice to show: what is labelled, the region's middle, and a margin."""
+    """Return the part to show: labelled voxels, the region's middle, a margin."""
     window = []
     for axis, (size, place) in enumerate(zip(spacing, middle)):
         occupied = np.flatnonzero(mask.any(axis=1 - axis))

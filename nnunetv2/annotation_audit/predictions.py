@@ -1,8 +1,8 @@
 """Find predictions of labelled cases by networks that have not learned from them.
 
 Networks of a cross-validation predict the cases that they were validated on. Their training has left these predictions
-in the folder `validation` of each fold; what is missing is predicted here. All other cases are predicted by what is
-there, and count as seen: a network may repeat the mistake that it was taught.
+in the folder `validation` of each fold; missing ones are made here. All other cases are predicted by the last fold,
+and count as seen: a network may repeat the mistake that it was taught.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Every dataset is a site; its imagesTs and labelsTs are its test cases. All arms train networks of equal length with the
 commands that people type, a coordinator and the sites as processes of this machine. Every model is then tested at every
-site. The report says what may be concluded.
+site. The report states the conclusions.
 """
 
 from __future__ import annotations

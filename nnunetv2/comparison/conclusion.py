@@ -1,4 +1,4 @@
-"""Say in words what may be concluded from a comparison, and what not."""
+"""State the conclusions of a comparison and their limits, in words."""
 
 from __future__ import annotations
 

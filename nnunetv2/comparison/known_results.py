@@ -1,4 +1,4 @@
-"""Read what another folder of the same comparison, perhaps on another machine, has found."""
+"""Read results of the same comparison from another folder, perhaps another machine's."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def read_known(files: Iterable[Path], study: Study, tests: TestCases) -> KnownRe
     A training is known if all its models have scores of all test cases; a line names the others.
 
     Raises:
-        ValueError: One is of another comparison, or none; the message names the file, and what differs or which field.
+        ValueError: One is of another comparison, or none; the message names the file, and the difference or the field.
     """
     scores: dict[Training, tuple[Score, ...]] = {}
     costs: dict[Training, Mapping[str, Any]] = {}
@@ -63,7 +63,7 @@ def read_known(files: Iterable[Path], study: Study, tests: TestCases) -> KnownRe
 
 
 class _FieldError(ValueError):
-    """A field does not hold what it should; the message names it."""
+    """A field holds a wrong value; the message names it."""
 
     def __init__(self, place: str, expected: str, value: object) -> None:
         super().__init__(f"{place} must be {expected}, it is {value!r:.80}")
@@ -156,7 +156,10 @@ def _cost_of(costs: Mapping[str, Any], arm: str, seed: int) -> Mapping[str, Any]
 
 
 def _check_same(file: Path, held: Mapping[str, Any], study: Study) -> None:
-    """Raise ValueError unless a file is of this comparison; where data lie and what computes may differ."""
+    """Raise ValueError unless a file is of this comparison.
+
+    Folders and device may differ.
+    """
     now = study.as_json()
     for key in now.keys() - _MAY_DIFFER:
         if held.get(key) != now[key]:

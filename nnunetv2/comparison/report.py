@@ -108,7 +108,7 @@ def write_report(findings: Findings, folder: StudyFolder) -> None:
 
 # ------------------------------------------------------------------------------------------------------------ JSON
 def as_json(findings: Findings) -> dict[str, Any]:
-    """Return every number as plain JSON; what is not defined is null."""
+    """Return every number as plain JSON; undefined ones are null."""
     names = {one.number: one.name for one in findings.study.tested}
     content = {
         "conclusion": conclude(findings.study, findings.comparisons),

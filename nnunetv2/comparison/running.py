@@ -226,7 +226,7 @@ class Runner:
 
 
 def show_commands(line: str) -> None:
-    """Show which commands run; what they print is in the logs."""
+    """Show which commands run; their output is in the logs."""
     if "] $ " in line:
         show(line)
 
@@ -292,7 +292,7 @@ def remove_unfinished(folder: StudyFolder) -> None:
 def stop_processes_of(folder: Path, within_s: float = 10.0) -> None:
     """End the processes of nnU-Net whose command or environment names a folder.
 
-    Only Linux tells which these are. What cannot be killed either is left: every attempt has a folder of its own.
+    Only Linux tells which these are. Those that cannot be killed are left: every attempt has a folder of its own.
     """
     deadline = time.monotonic() + within_s
     while (found := _processes_of(folder)) and time.monotonic() < deadline + within_s:

@@ -77,10 +77,10 @@ def find_datasets(names_or_ids: Iterable[str]) -> tuple[Dataset, ...]:
 
 
 def check_study(study: Study) -> None:
-    """Refuse a study whose datasets do not go together or lack what is measured.
+    """Refuse a study whose datasets do not fit or lack test cases.
 
     Raises:
-        ValueError: The message names the dataset and what is missing.
+        ValueError: The message names the dataset and the fault.
     """
     numbers = [dataset.number for dataset in study.tested]
     if len(set(numbers)) < len(numbers):
@@ -147,8 +147,8 @@ def open_study(folder: Path, study: Study, *, go_on: bool) -> Iterator[None]:
     Arms and seeds that the folder has from earlier commands stay written down beside those of now.
 
     Raises:
-        ValueError: The folder holds a study and `go_on` is not set, or another study (the message names what differs),
-            or another command is at work there.
+        ValueError: The folder holds a study and `go_on` is not set, or another study (the message names the
+            difference), or another command is at work there.
     """
     file = folder / STUDY_FILE
     if not file.exists() and folder.is_dir() and any(one.name != LOCK_FILE for one in folder.iterdir()):

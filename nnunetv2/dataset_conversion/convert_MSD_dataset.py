@@ -38,7 +38,7 @@ def convert_msd_dataset(
     """
     from nnunetv2.dataset_conversion.new_dataset import building_dataset
 
-    # Absolute for -i . within the folder; a link keeps its name, which says what the task is.
+    # Absolute for -i . within the folder; a link keeps its name, which names the task.
     source = Path(os.path.abspath(source_folder))  # noqa: PTH100  resolve() follows links
     task_id, name = parse_task_name(source)
     target_id = task_id if overwrite_target_id is None else overwrite_target_id

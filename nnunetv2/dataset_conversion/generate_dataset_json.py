@@ -37,13 +37,13 @@ def generate_dataset_json(
         labels: Name -> label, {"background": 0, "liver": 1}; or name -> labels, a region: {"whole tumour": (1, 2, 3)}.
         num_training_cases: Number of training cases.
         file_ending: Ending of images and labels, with dot.
-        citation: What to cite when the dataset is used.
+        citation: The publications to cite when the dataset is used.
         regions_class_order: The label that each region gets in a label map, in the order in which they are written,
             later over earlier ones. Required with regions.
         dataset_name: Name of the dataset.
         reference: Where the dataset comes from.
         release: Its version.
-        description: What it shows.
+        description: Its content in words.
         overwrite_image_reader_writer: Name of the class that reads the images, if the ending does not decide.
         license: Licence of the data.
         converted_by: Who to ask about the conversion.

@@ -87,7 +87,7 @@ def _decides_by_class(label_manager: LabelManager) -> bool:
 
 
 def _decide(files: Sequence[str], label_manager: LabelManager) -> np.ndarray:
-    """Return what `convert_probabilities_to_segmentation` makes of the mean, class by class."""
+    """Return the result of `convert_probabilities_to_segmentation` for the mean, class by class."""
     shape, classes = average_classes(files)
     if shape[0] != label_manager.num_segmentation_heads:
         raise ValueError(
@@ -149,7 +149,7 @@ def ensemble_crossvalidations(
     num_processes: int = default_num_processes,
     overwrite: bool = True,
 ) -> None:
-    """Ensemble what several models predicted for their validation cases. Their splits may differ.
+    """Ensemble the validation predictions of several models, whose splits may differ.
 
     There will be one label map per case, plans.json and dataset.json of the first model.
 

@@ -90,7 +90,7 @@ def compute_confusion(
 def _choose_code(
     reference: np.ndarray, prediction: np.ndarray, labels: Collection[int] | None
 ) -> tuple[np.ndarray, Encode]:
-    """Return the values that are told apart, and what turns an array of voxels into their numbers."""
+    """Return the values told apart, and the function from voxels to numbers."""
     possible = _few_whole_values(reference, prediction)
     if labels is not None:
         values, encode = _code_of_labels(labels)

@@ -94,7 +94,7 @@ def plot_overlay_preprocessed(
     data, labels = dataset.load_case(k)[:2]
     if not 0 <= channel_idx < data.shape[0]:
         raise ValueError(f"case {k} has {data.shape[0]} channels; there is no channel {channel_idx} (-channel_idx)")
-    segmentation = np.maximum(np.asarray(labels[0]), 0)  # -1 marks what cropping found to be outside
+    segmentation = np.maximum(np.asarray(labels[0]), 0)  # -1 marks voxels that cropping found to be outside
     _plot(np.asarray(data[channel_idx]), segmentation, os.path.join(output_folder, f"{k}.png"), overlay_intensity, k)
 
 

@@ -46,7 +46,7 @@ def write_report(
         path: The HTML file.
         reader: Reads label maps and images for the pictures.
         file_ending: Of label maps and images.
-        class_names: What classes are called. Classes without a name are shown as in summary.json.
+        class_names: Names of classes. Classes without a name are shown as in summary.json.
         image_folder: Images (CASE_0000...) to show below the labels of the worst cases.
         num_worst: So many cases are drawn: those with the lowest mean Dice.
     """

@@ -45,7 +45,10 @@ def score_surfaces(
 def _without_flat_axis(
     reference: np.ndarray, prediction: np.ndarray, spacing_mm: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """Leave the first axis of length 1 out: what has no depth has an outline, no surface."""
+    """Leave the first axis of length 1 out.
+
+    A flat object has an outline, no surface.
+    """
     if 1 not in reference.shape:
         return reference, prediction, list(spacing_mm)
     axis = reference.shape.index(1)

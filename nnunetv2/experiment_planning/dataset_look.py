@@ -32,7 +32,7 @@ class DatasetOverview:
     dataset_name: str
     num_cases: int
     shapes: np.ndarray
-    """`(cases, axes)`, voxels after cropping to what is not 0."""
+    """`(cases, axes)`, voxels after cropping to the nonzero region."""
     spacings: np.ndarray
     """`(cases, axes)`, mm."""
     channel_names: Sequence[str]

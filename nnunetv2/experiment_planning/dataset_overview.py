@@ -41,7 +41,7 @@ def write_dataset_overview(raw_folder: Path, fingerprint_file: Path, picture: Pa
 
 
 def look_at_dataset(raw_folder: Path, fingerprint_file: Path) -> DatasetOverview:
-    """Read what the picture shows."""
+    """Read the content of the picture."""
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
     from nnunetv2.preprocessing.worker_count import bytes_to_read, choose_num_processes
 

@@ -12,7 +12,7 @@ would change a percentile, the third exchange is repeated (`federated/aggregatio
 A site that comes after that sends its census only, and plans from the pooled fingerprint of the others.
 
 The number of cases comes first because nnU-Net draws 1e8 / cases foreground voxels per case. The result equals, to the
-bit for all order statistics, what `nnUNetv2_extract_fingerprint` computes where all data lie in one place.
+bit for all order statistics, that of `nnUNetv2_extract_fingerprint` where all data lie in one place.
 
 Method: Skorupko et al., Scientific Reports 15:38312 (2025), with exact pooling in the place of averages.
 """
@@ -66,7 +66,8 @@ class PlanningOptions:
 
     mode: Literal["ffe", "asym"]
     """"ffe" plans from the pooled fingerprint, so that all sites hold the same plans, or, where the federation wants
-    it, agree on what the data decide; "asym" plans from the local one, so that the sites' networks may differ."""
+    it, agree on the entries that the data decide; "asym" plans from the local one, so that the sites' networks may
+    differ."""
     extractor_class: type = DatasetFingerprintExtractor
     num_processes: int | None = 8
     """That extract the fingerprint; None: as many as the machine has cores and memory for."""
@@ -239,7 +240,7 @@ def _look_into(
         number: How often that was done before.
         values: Per channel, values and how often each occurs.
         channels: Per channel, the histogram of these as the coordinator has it.
-        bins: Per channel, what it wants to look into.
+        bins: Per channel, the bins that it wants to look into.
         others: How many values the other sites may have together.
     """
     for channel, wanted in zip(channels, bins):

@@ -26,7 +26,7 @@ _SIBLING_PATTERNS = (
 )
 
 
-# ------------------------------------------------------------------------------------------------ what people say
+# ------------------------------------------------------------------------------------------------ rules and tables
 
 
 def assign_patients(cases: Sequence[str], rule: str) -> dict[str, str]:
@@ -76,13 +76,13 @@ def match_patients(cases: Sequence[str], pattern: str) -> dict[str, str]:
 def read_table(
     file: Path, cases: Sequence[str], *, what: str, patients: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Return case -> what a table says of it.
+    """Return case -> its patient or group by a table.
 
     The table has a line of headings. Columns are parted by commas, semicolons or tabulators. `what` is the column of
     that name, or the only one besides `case` (or `patient`). Cases that the dataset does not have are passed over.
 
     Args:
-        what: What the table tells, "patient" or "group".
+        what: The wanted column, "patient" or "group".
         patients: Case -> patient, where rows may be about patients.
 
     Raises:
@@ -156,8 +156,8 @@ class Siblings:
 def guess_siblings(cases: Iterable[str]) -> list[Siblings]:
     """Find names that look like several scans of one patient, such as `patient012_frame01` and `patient012_frame12`.
 
-    Numbers alone say nothing (`liver_001`), nor does what more than twelve names begin with, which is rather the name
-    of a hospital.
+    Numbers alone say nothing (`liver_001`), nor does a beginning of more than twelve names, which is rather the name of
+    a hospital.
     """
     found: dict[tuple[str, str], list[str]] = {}
     for case in sorted(cases):

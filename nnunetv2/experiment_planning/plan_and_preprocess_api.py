@@ -1,4 +1,4 @@
-"""Fingerprint, plan and preprocess datasets: what the commands do, as functions."""
+"""Fingerprint, plan and preprocess datasets: the commands as functions."""
 
 from __future__ import annotations
 
@@ -401,13 +401,13 @@ def _warn_if_dataset_json_changed(dataset_name: str) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ what came out
+# ------------------------------------------------------------------------------------------------ results
 
 
 def print_summary(dataset_id: int | str, plans_identifier: str, *, trainer: str | None = None) -> None:
     """Print the configurations of a dataset's plans.
 
-    Beside them stands what preprocessing has made of them so far, and at the end how to go on.
+    Beside them stand the cases preprocessed so far, and at the end the next command.
     """
     from nnunetv2.experiment_planning.summary import summarise
     from nnunetv2.plans.plans_manager import PlansManager

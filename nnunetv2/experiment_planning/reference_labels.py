@@ -85,14 +85,14 @@ def write_renumbered_references(
         except InvalidInputError as error:
             raise InvalidInputError(f"{label}: {error}") from error
         if copy.is_symlink():
-            copy.unlink()  # what it points to is somebody else's
+            copy.unlink()  # its target is somebody else's
         with replacing(copy) as written:
             reader.write_seg(renumbered[0], str(written), properties)
             os.utime(written, ns=(mark, mark))
 
 
 def _time_of(source: Path, numbers: Mapping[int, int]) -> int:
-    """Return a time of modification, long ago, that tells what a renumbered copy was made of.
+    """Return a time of modification that identifies a renumbered copy's original.
 
     It is older than any original, so no other run takes such a copy for one that was edited.
     """
@@ -103,7 +103,7 @@ def _time_of(source: Path, numbers: Mapping[int, int]) -> int:
 
 
 def is_up_to_date(source: Path, copy: Path) -> bool:
-    """Tell whether a copy holds what its original holds, or was edited later.
+    """Tell whether a copy equals its original, or was edited later.
 
     Copies have the time of modification of their original.
 

@@ -1,7 +1,7 @@
 """Answer the questions of a secure fingerprint at a site, and refuse others.
 
-What is asked, in which order, and what follows from a sum is in `federated/aggregation/fingerprint_sums.py`; the
-vectors made here are masked before they leave (`federated/site/masking.py`).
+The questions, their order, and the results of a sum are in `federated/aggregation/fingerprint_sums.py`; the vectors
+made here are masked before they leave (`federated/site/masking.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class FingerprintAnswers:
         intensities: Per channel, values (float32) and how often each occurs.
         num_cases: Cases of all sites.
         others: How many values of a channel the other sites may have together.
-        geometry: What the federation tells of spacings and shapes.
+        geometry: The form in which the federation tells spacings and shapes.
 
     Raises:
         StatisticsError: A case has an impossible spacing: behind masks, nobody else would notice.

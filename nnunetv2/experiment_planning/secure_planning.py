@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from nnunetv2.federated.site.transport import Transport
 
 POOLING = "fingerprint"
-"""What a site keeps of its masks lies under this name."""
+"""The name under which a site keeps the keys and promises of its masks."""
 MOST_SUMS = 40
 """Of a fingerprint: looks into bins, and tables or digits."""
 
@@ -74,7 +74,7 @@ class SecurePooling:
 
     Args:
         transport: The way to the coordinator.
-        secure: What the federation says of its masks.
+        secure: The federation's settings of its masks.
         credential: Of this site.
         credential_file: Where it is; the usual place if None.
         networks: Whether the sites plan the same network, or each its own.
@@ -158,7 +158,7 @@ class SecurePooling:
         return pooled.num_cases
 
     def come_late(self, extractor: Any, census: messages.Census, planner: Mapping[str, Any]) -> int:
-        """Wait for what the other sites pool without this one, and write it.
+        """Wait for the fingerprint that others pool without this site; write it.
 
         Returns:
             The number of cases of the others.
@@ -200,7 +200,10 @@ class SecurePooling:
         raise too_many_sums()
 
     def _wait_for(self, upload_key: Key, survivors_key: Key, key: ExchangeKey[UnmaskingShares, R]) -> R:
-        """Return what follows from a sum of others, in order: none can begin before the one before it is closed."""
+        """Return the result of a sum of others.
+
+        Stage by stage, as none can begin before the one before it is closed.
+        """
         self._transport.result(upload_key)
         self._transport.result(survivors_key)
         return self._transport.result(key).message
@@ -270,7 +273,7 @@ class SecurePooling:
         vector: Callable[[], np.ndarray],
         census: messages.PooledCensus,
     ) -> R:
-        """Add this site's vector to a sum, and return what follows from it; or that only, if it was added before."""
+        """Add this site's vector to a sum, unless done; return the result."""
         if self._outbox.is_closed(str(upload_key)):
             return self._transport.result(key).message
         if census.keys[self._credential.site].exchange_key != self._signed.exchange_key:
@@ -285,7 +288,7 @@ class SecurePooling:
         return message
 
     def _receive_only(self, key: ExchangeKey[UnmaskingShares, R]) -> R:
-        """Return what followed from a sum that this site has added to with a key that it does not have any more."""
+        """Return the result of a sum masked with an earlier key of this site."""
         try:
             return self._transport.result(key, wait_s=0).message
         except (StillOpenError, RefusedError) as error:

@@ -1,4 +1,4 @@
-"""Summarize what was planned and preprocessed for a dataset."""
+"""Summarize the plans and the preprocessed data of a dataset."""
 
 from __future__ import annotations
 

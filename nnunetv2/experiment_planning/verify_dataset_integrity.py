@@ -47,7 +47,7 @@ _EXAMPLES = 5  # so many first cases are tried before the choice of a reader is 
 def verify_dataset_integrity(folder: str, num_processes: int = 8) -> None:
     """Check dataset.json, the presence of all files, and the content of every case.
 
-    Whatever is found in all cases is printed as a table before the check fails.
+    The findings in all cases are printed as a table before the check fails.
 
     Args:
         folder: The raw dataset, with dataset.json in it.
@@ -198,17 +198,14 @@ def _reason(finding: Finding) -> str:
 
 
 def verify_labels(label_file: str, readerclass: type, expected_labels: list[int]) -> bool:
-    """Return whether a label holds expected values only; print what it holds otherwise."""
+    """Return whether a label holds expected values only; print the unexpected ones."""
     label, _ = readerclass().read_seg(label_file)
     faults, _ = find_label_faults(label, expected_labels)
     return _print_errors([Finding("", label_file, *fault) for fault in faults])
 
 
 def check_cases(image_files: list[str], label_file: str, expected_num_channels: int, readerclass: type) -> bool:
-    """Check that cases can be read, have no NaN and fit their labels.
-
-    What is wrong is printed.
-    """
+    """Check that cases are readable, finite and fit their labels; print faults."""
     channels = [str(channel) for channel in range(expected_num_channels)]
     report = inspect_case(CaseFiles("", image_files, label_file, Path()), Expectation(readerclass, channels, None))
     return _print_errors(report.findings)
@@ -222,7 +219,7 @@ def _inspect_cases(
     findings: list[Finding],
     until: float | None = None,
 ) -> list[tuple[CaseFiles, CaseReport]]:
-    """Read all cases, or the first ones that are begun by then, and add what is found to `findings`."""
+    """Read all cases, or those begun until a time; extend `findings`."""
     from tqdm import tqdm
 
     if not cases:
@@ -250,7 +247,7 @@ def _inspect_cases(
 
 
 def _determine_reader(dataset_json: Mapping[str, Any], cases: Sequence[CaseFiles]) -> type | Finding:
-    """Return the reader that the first readable image asks for, or what keeps all of them from being read."""
+    """Return the reader of the first readable image, else a finding."""
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
     failures = []
@@ -307,7 +304,7 @@ def _find_unused_labels(
 
 
 def _report(dataset_name: str, findings: Sequence[Finding], num_cases: int | None = None) -> None:
-    """Print what was found.
+    """Print the findings.
 
     Raises:
         InvalidDatasetError: There are errors.

@@ -11,7 +11,7 @@ class FederationError(Exception):
 
 
 class WireError(FederationError, ValueError):
-    """Bytes from the network, or a file of them, are not what the protocol allows."""
+    """Bytes from the network, or a file of them, violate the protocol."""
 
 
 class StatisticsError(FederationError, ValueError):
@@ -43,13 +43,13 @@ class StillOpenError(FederationError):
 
 
 class NotAllowedError(FederationError):
-    """This site's own allow-list forbids what was about to be sent."""
+    """This site's own rules forbid sending a document."""
 
 
 class BrokenTrainingError(FederationError):
     """The training of this site went wrong: there is nothing to send.
 
-    The name of the child is what others hear.
+    Others learn only the name of the child.
     """
 
 
@@ -65,8 +65,8 @@ class RefusedError(FederationError):
     """The coordinator, or the rules of the federation, refuse a request.
 
     Args:
-        message: What was refused, and why.
-        remedy: What the person who reads it can do about it.
+        message: The refused request, and the reason.
+        remedy: Advice for the person who reads it.
         code: Short name of the reason, the same for every refusal of its kind.
     """
 

@@ -50,7 +50,7 @@ def describe_missing(file: FilePath) -> str:
 
 @contextmanager
 def naming(file: str) -> Iterator[None]:
-    """Let whatever a library raises while it reads a file name the file.
+    """Let errors of a library that reads a file name the file.
 
     Raises:
         RuntimeError: The library raised an error, which is the cause.

@@ -2,7 +2,7 @@
 
 Files cut short, flipped bits, lost NaN.
 
-ITK reads NIfTI files through a library that fills up what is missing and puts 0 in the place of NaN and infinity, both
+ITK reads NIfTI files through a library that fills up missing bytes and puts 0 in the place of NaN and infinity, both
 in silence. So sizes are compared whenever a file is read, and contents when a dataset is checked.
 """
 
@@ -165,7 +165,10 @@ def _damage(error: DamagedFileError) -> Fault:
 
 
 def _size_without_decompressing(file: str) -> int:
-    """Return the number of bytes in a file; of a gzip file, what its last four bytes say of the last part of it."""
+    """Return the number of bytes in a file, without decompressing it.
+
+    For a gzip file, that is the size of its last part, from its last four bytes.
+    """
     with Path(file).open("rb") as stream:
         is_gzipped = stream.read(2) == _GZIP_MAGIC
         size = stream.seek(0, 2)

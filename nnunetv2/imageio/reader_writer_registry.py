@@ -111,7 +111,7 @@ def _why_unreadable(reader_class: type[BaseReaderWriter], example_file: FilePath
     """Return why a reader cannot read a file, or None if it can."""
     try:
         reader_class().read_images((example_file,))
-    except Exception as error:  # each library has exceptions of its own, and failing is what the test is for
+    except Exception as error:  # each library has exceptions of its own, and this is a trial
         logger.debug("%s cannot read %s", reader_class.__name__, example_file, exc_info=True)
         return " ".join(str(error).split()) or type(error).__name__
     return None

@@ -154,7 +154,7 @@ def _read(file: str) -> sitk.Image:
 
 
 def _explain(error: RuntimeError, file: str) -> str:
-    """Say what ITK's error means, which begins with places in its source code."""
+    """Explain an error of ITK, whose text begins with source lines."""
     text = " ".join(str(error).split())
     if "orthonormal" in text:
         return (
@@ -169,7 +169,10 @@ def _explain(error: RuntimeError, file: str) -> str:
 
 
 def _require_complete(image: sitk.Image, file: str) -> None:
-    """Check the size of files in formats for which ITK does not; it would fill up what is missing."""
+    """Check the size of files in formats for which ITK does not.
+
+    It would fill up missing bytes.
+    """
     if _is_nifti(file) and image.HasMetaDataKey("vox_offset"):
         # scaled types are larger in memory than in the file
         voxels = image.GetNumberOfPixels() * int(image.GetMetaData("bitpix")) // 8
@@ -241,7 +244,10 @@ def _write(image: sitk.Image, output_fname: FilePath) -> None:
 
 
 def _require_written(image: sitk.Image, file: str, output_fname: str) -> None:
-    """Check the size of what was written in formats for which ITK does not, even if the disk is full."""
+    """Check the size of a written file where ITK does not.
+
+    In these formats it does not notice even a full disk.
+    """
     header = _NIFTI_HEADER if _is_nifti(file) else _GIPL_HEADER if file.lower().endswith(".gipl") else None
     if header is None:
         return

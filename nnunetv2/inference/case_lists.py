@@ -111,7 +111,7 @@ def list_folder(
 
 
 def _describe_other_endings(folder: str, ending: str) -> str:
-    """Say what to do about images in another format than that of the data that the model was trained with."""
+    """Return a remedy for images in another format than the training data."""
     matches = (re.search(r"_[0-9]{4}((?:\.[A-Za-z0-9]+)+)$", file.name) for file in Path(folder).iterdir())
     found = {match[1] for match in matches if match is not None}
     others = sorted(found - {ending})

@@ -35,7 +35,7 @@ def write_labels_near_predictions(
 
     Args:
         logits: `(c, z, y, x)`.
-        resampling_fn: What the plans name for probabilities; used for background.
+        resampling_fn: The function that the plans name for probabilities; used for background.
     """
     if label_manager.has_regions:
         for channel, label in zip(logits, label_manager.regions_class_order):

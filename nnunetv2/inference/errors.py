@@ -28,7 +28,7 @@ class UnpreparedCaseError(RuntimeError):
 
     Args:
         case: Its name, or the path that it is written to; messages give the last part.
-        reason: What went wrong.
+        reason: The cause, in words.
     """
 
     def __init__(self, case: str, reason: str) -> None:
@@ -46,7 +46,7 @@ class FailedCasesError(RuntimeError):
     Programs look for how the message about memory begins.
 
     Args:
-        failures: Name of a case, or the path that it is written to, and what went wrong with it.
+        failures: Name of a case, or the path that it is written to, and its error.
         total: Number of cases, with those that did not fail.
     """
 
@@ -71,5 +71,5 @@ class FailedCasesError(RuntimeError):
 
 
 def describe_failure(error: BaseException) -> str:
-    """Return what went wrong with a case, without its name."""
+    """Return the error of a case, without its name."""
     return error.reason if isinstance(error, UnpreparedCaseError) else f"{type(error).__name__}: {error}"

@@ -53,7 +53,7 @@ def convert_predicted_logits_to_segmentation_with_correct_shape(
 
     Args:
         predicted_logits: `(c, *spatial)` on the network's grid, network axis order.
-        properties_dict: What preprocessing wrote down about the case; not changed.
+        properties_dict: The properties that preprocessing recorded for the case; not changed.
         return_probabilities: Also return probabilities; this needs memory for all classes at full size.
         num_threads_torch: Threads for this case.
         use_cropped_logits_resampling: Interpolate each foreground class near where it was predicted only, see
@@ -285,7 +285,7 @@ class _Canvas:
         self._forward = tuple(np.argsort(transpose_backward))
         self._crop = tuple(slice(int(start), int(stop)) for start, stop in crop)
         self.labels: np.ndarray = np.zeros([self._shape[i] for i in self._backward], dtype=dtype)
-        # In network order, cropped: what is written here shows up in `labels`.
+        # In network order, cropped: a view, so values written here show up in `labels`.
         self.cropped = self.labels.transpose(self._forward)[self._crop]
 
     @classmethod

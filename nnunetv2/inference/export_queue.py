@@ -36,17 +36,17 @@ class _Export(NamedTuple):
 
 
 class ExportQueue:
-    """Run exports in order of arrival; remember what they return and which cases failed.
+    """Run exports in order of arrival; keep results and errors of cases.
 
     A failure is logged at once and does not keep other cases from being exported, unless the disk is full.
 
-    Cases are named by what they are written to, as far as it is known. Messages give the last part of a path, or all
-    of it where several cases that failed share that part.
+    Cases are named by their output paths, as far as these are known. Messages give the last part of a path, or all of
+    it where several cases that failed share that part.
 
     Args:
         num_workers: Exports that run at the same time; 0 exports each case before `submit` returns.
         most_bytes: Memory that unfinished exports may take together; one that needs more runs alone. Default: half of
-            what is free.
+            the free memory.
     """
 
     def __init__(self, num_workers: int, most_bytes: int | None = None) -> None:

@@ -54,7 +54,7 @@ def free_bytes(device: torch.device) -> int:
     """Return the memory that torch can still give on a CUDA device, or the machine's."""
     if device.type != "cuda":
         return free_memory_bytes()
-    # What torch keeps of earlier cases it uses again, or gives back where it does not fit. If that did not count as
+    # Torch uses the cached memory of earlier cases again, or returns it where it does not fit. If that did not count as
     # free, the precision of a case would depend on the cases before it.
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + kept

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 _SECONDS_TO_FINISH_CASES = 5
-# KeyboardInterrupt can get lost: what is raised in a destructor or a callback of C code is printed and dropped.
+# KeyboardInterrupt can get lost: exceptions in a destructor or a callback of C code are printed and dropped.
 _SECONDS_TO_STOP = 9
 _INTERRUPTED = 130
 

@@ -69,7 +69,7 @@ def find_grid_change(
 
 
 def _anisotropy_options(resampling_fn: Callable) -> dict | None:
-    """Return what decides on separate z in a partial function that interpolates linearly, else None."""
+    """Return a linear resampling function's settings of separate z, None for others."""
     if not isinstance(resampling_fn, partial) or resampling_fn.args:
         return None
     given = resampling_fn.keywords

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _MAIN_MEMORY = torch.device("cpu")
-_LATER: Any = None  # what attributes are before a model is loaded
+_LATER: Any = None  # value of attributes before a model is loaded
 
 
 class nnUNetPredictor:
@@ -100,7 +100,7 @@ class nnUNetPredictor:
         self.label_manager: LabelManager = _LATER
         self._batched_network: nn.Module = _LATER
         self._budget: ForwardBudget | None = None
-        self._budget_basis: tuple[torch.device, int] | None = None  # what it was made for
+        self._budget_basis: tuple[torch.device, int] | None = None  # that it was made for
         self._is_device_full = False  # for the current case, which the CPU predicts then
 
     # Models
@@ -474,7 +474,7 @@ class nnUNetPredictor:
     # Points of extension
 
     def _prepare_run(self, arguments: Mapping[str, Any]) -> tuple[list[list[str]], list[str] | None, list[str | None]]:
-        """Note down how and with what model files are predicted, then decide which ones (see `case_lists`)."""
+        """Record model and settings, then list the cases to predict (see `case_lists`)."""
         output = arguments["output_folder_or_list_of_truncated_output_files"]
         previous_stage = arguments["folder_with_segs_from_prev_stage"]
         folder = _output_folder(output)
@@ -508,7 +508,7 @@ class nnUNetPredictor:
         return self.predict_logits_from_preprocessed_data(data).cpu().detach().numpy()
 
     def _name_of(self, item: Item) -> str | None:
-        """Return what a case is called: the path of its output without ending."""
+        """Return a case's name: the path of its output without ending."""
         if item["ofile"] is None:
             return None
         ending, reader = self.dataset_json["file_ending"], self.plans_manager.image_reader_writer_class
@@ -555,7 +555,7 @@ class nnUNetPredictor:
         num_parts: int = 1,
         save_probabilities: bool = False,
     ) -> tuple[list[list[str]], list[str] | None, list[str | None]]:
-        """Return (image files per case, output per case or None, previous stage per case) of what is to be done."""
+        """Return image files, outputs or None, previous stages of cases to predict."""
         cases = case_lists.find_cases(
             list_of_lists_or_source_folder,
             output_folder_or_list_of_truncated_output_files,
@@ -623,7 +623,7 @@ class nnUNetPredictor:
         )
         return mirrored_mean(self.network, x, axes, self._current_budget().items(x[:, 0].numel()))
 
-    # What the above share
+    # Shared by the methods above
 
     def _tile_weight(self, device: torch.device) -> torch.Tensor | float:
         if not self.use_gaussian:
@@ -659,7 +659,7 @@ class nnUNetPredictor:
             speed_up_on_cpu_(self.network, device)
 
     def _leave_device(self) -> Callable[[torch.Tensor], torch.Tensor]:
-        """Move the network to main memory, until the next case, and return what predicts tiles there."""
+        """Move the network to main memory for this case; return a predictor."""
         self.network.to(_MAIN_MEMORY)
         self._speed_up(_MAIN_MEMORY)
 
@@ -738,7 +738,7 @@ def _as_list(value: Any, single: type | tuple[type, ...]) -> list | None:
 
 
 def _stop_workers(iterator: Iterable[Item]) -> None:
-    """End what prepares the cases of an iterator: batchgenerators' workers, or those of our generators."""
+    """End the workers that prepare an iterator's cases, batchgenerators' or ours."""
     if isinstance(iterator, public.MultiThreadedAugmenter):
         iterator._finish()
     elif isinstance(iterator, (PreprocessedCases, GeneratorType)):

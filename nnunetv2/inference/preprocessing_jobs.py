@@ -124,7 +124,7 @@ def preprocess_case(case: Case, model: Model, verbose: bool) -> Item:
     """Preprocess a case with the configuration's preprocessor.
 
     Raises:
-        UnpreparedCaseError: Whatever went wrong, and what the case is called.
+        UnpreparedCaseError: Any step failed; it holds the error and the name of the case.
     """
     try:
         preprocessor = model.configuration_manager.preprocessor_class(verbose=verbose)
@@ -138,8 +138,8 @@ def preprocess_case(case: Case, model: Model, verbose: bool) -> Item:
 class PreprocessedCases(Iterator[Item]):
     """Hands out cases preprocessed, in their order; workers prepare those that come next.
 
-    A case that fails raises when it is its turn, and does not end the iteration: whoever catches the error can ask for
-    the next case.
+    A case that fails raises when it is its turn, and does not end the iteration: callers that catch the error can go on
+    with the next case.
 
     Args:
         num_workers: How many cases are worked on ahead; 0 prepares each case when it is asked for.

@@ -18,7 +18,7 @@ def previous_stage_model(model_folder: Path, previous_stage: str, folds: list[in
     It is beside the cascade's, with the same trainer, plans and folds.
 
     Raises:
-        FileNotFoundError: It is not there, or a fold is missing; the message says what to do instead.
+        FileNotFoundError: It is not there, or a fold is missing; the message has a remedy.
     """
     remedy = (
         f"predict {previous_stage} yourself and pass the folder of its label maps with -prev_stage_predictions "

@@ -38,14 +38,14 @@ def predict_tiles(
     """Predict all tiles of an image and return the blended logits `(classes, *spatial)` as float16.
 
     When the memory of a device does not suffice, batches become smaller, then the sums move to main memory, then the
-    network does; tiles that are done stay done. `logit_sums` says in what precision tiles are added.
+    network does; tiles that are done stay done. `logit_sums` describes the precision of the sums.
 
     Args:
         predict: Predicts tiles on `device`.
         image: `(c, *spatial)`, at least as large as a tile.
         weight: Weight of a tile's voxels, see `compute_gaussian`.
         tiles_at_once: Voxels of a tile -> how many to predict together.
-        leave_device: Moves the network to main memory and returns what predicts tiles there.
+        leave_device: Moves the network to main memory and returns the function that predicts tiles there.
         advance: Called with the number of tiles that have just been done.
 
     Raises:

@@ -26,7 +26,7 @@ def accumulate_cv_results(
         trained_model_folder: With plans.json, dataset.json and the folds.
         merged_output_folder: Created if needed.
         folds: Their numbers, or "all".
-        overwrite: If True, an existing output folder is removed first. If False, what is there is kept, and scored
+        overwrite: If True, an existing output folder is removed first. If False, its files are kept, and scored
             again only if something was added.
 
     Raises:

@@ -103,7 +103,7 @@ def find_best_configuration(
     Args:
         allowed_trained_models: Candidates: dicts with `plans`, `configuration`, `trainer`.
         allow_ensembling: Consider pairs, too; needs the probabilities of all validation cases.
-        overwrite: If False, what earlier calls accumulated and ensembled is used again.
+        overwrite: If False, the accumulated and ensembled results of earlier calls are used again.
         folds: Those that were trained.
         strict: Not needed; kept because callers pass it. Candidates whose configuration the plans do not have are left
             out; all others must exist.

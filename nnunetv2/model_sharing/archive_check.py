@@ -1,9 +1,7 @@
-"""Check a zip file of models before anything is extracted.
-
-Its paths, its size, and the kinds of its files.
+"""Check paths, sizes and kinds of a model archive's files before extraction.
 
 A zip file from elsewhere may name places outside of the target folder, hold links that lead there, or unpack to a
-thousand times its size. Such a file is refused as a whole; a model that somebody tampered with is not worth a part.
+thousand times its size. Such a file is refused as a whole; no part of a manipulated model is worth keeping.
 """
 
 from __future__ import annotations
@@ -48,7 +46,7 @@ class ArchiveLimits:
         return cls(total_bytes=largest_model_bytes())
 
 
-# What a model consists of; no member may be an executable, a script or a Python module.
+# Endings of a model's files; no member may be an executable, a script or a Python module.
 _EXPECTED_ENDINGS = re.compile(
     r"\.(json|pth|png|pdf|pkl|txt|csv|md|npz|npy|gz|nii|nrrd|mha|gipl|tif|tiff|bmp|jpg|jpeg|html|svg|yaml|yml|log)$",
     re.IGNORECASE,
@@ -64,7 +62,7 @@ def check_archive(archive: zipfile.ZipFile, target: Path | None, limits: Archive
         target: Folder of models, in which links may lie; None where nothing is to be written yet.
 
     Raises:
-        UnsafeArchiveError: The archive is not what a model export looks like, for a reason that the message tells.
+        UnsafeArchiveError: The archive does not look like a model export; the message gives the reason.
     """
     members = archive.infolist()
     if len(members) > limits.members:

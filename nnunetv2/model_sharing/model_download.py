@@ -36,7 +36,7 @@ def download_and_install_from_url(url: str, sha256: str | None = None) -> None:
 
     Args:
         url: With https.
-        sha256: If given, what the file's SHA-256 must be, in hexadecimal digits.
+        sha256: If given, the SHA-256 that the file must have, in hexadecimal digits.
 
     Raises:
         RuntimeError: nnUNet_results is not set.
@@ -144,7 +144,7 @@ def _answer(session: Session, url: str, download: PartialDownload) -> Iterator[R
     with session.get(url, stream=True, timeout=_TIMEOUT_S, headers=download.headers()) as response:
         for step in (*response.history, response):  # no redirection may leave https either
             _check_address(step.url)
-        if response.status_code == 416:  # it is shorter than what there is: another file
+        if response.status_code == 416:  # it is shorter than the part that was received: another file
             download.forget()
             raise requests.ConnectionError(f"{url} is another file now than before")
         response.raise_for_status()

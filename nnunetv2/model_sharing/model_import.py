@@ -18,16 +18,16 @@ def install_model_from_zip_file(zip_file: str, *, dataset_name: str | None = Non
     """Unpack a zip file that `export_pretrained_model` wrote; files that exist already are replaced.
 
     Everything is checked, then unpacked beside its place, and then renamed: if anything is wrong with the file, no
-    model changes. Nothing in it is executed; checkpoints and pickles are read with care whenever they are used. What a
-    killed installation has left is removed by one a day later.
+    model changes. Nothing in it is executed; checkpoints and pickles are read with care whenever they are used. The
+    leftovers of a killed installation are removed by one a day later.
 
     Args:
         dataset_name: Folder in nnUNet_results that takes the place of the one that the file names.
 
     Raises:
         FileNotFoundError: There is no such file.
-        UnsafeArchiveError: It names places outside of nnUNet_results, holds links, is too large, or holds what no model
-            consists of. nnUNet_max_model_gb (default 64) is the largest unpacked size.
+        UnsafeArchiveError: It names places outside of nnUNet_results, holds links or files that no model has, or is too
+            large. nnUNet_max_model_gb (default 64) is the largest unpacked size.
         RuntimeError: nnUNet_results is not set.
         ValueError: The file is no zip file, or damaged.
     """

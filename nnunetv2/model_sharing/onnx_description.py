@@ -22,7 +22,7 @@ _OF_DATASET = (
     "regions_class_order",
     "file_ending",
 )
-"""What goes along of dataset.json. The rest may tell of cases and paths."""
+"""The keys of dataset.json that go along. The rest may tell of cases and paths."""
 _RESAMPLING = ("resampling_fn_data", "resampling_fn_seg", "resampling_fn_probabilities")
 _ON_TORCH, _ON_ARRAYS = "resample_torch_fornnunet", "resample_data_or_seg_to_shape"
 

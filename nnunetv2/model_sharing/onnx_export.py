@@ -173,6 +173,6 @@ def _import_onnx() -> ModuleType:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the part of torch's messages that says what happened."""
+    """Return the part of torch's messages that names the failure."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [type(error).__name__])[0]

@@ -68,7 +68,7 @@ class UntrustedCheckpointError(CheckpointError):
 def save_checkpoint_file(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Write a checkpoint.
 
-    Whoever stops the process meanwhile, `path` is the old file or the complete new one.
+    Even if the process is killed meanwhile, `path` is the old file or the complete new one.
     """
     with replacing(path) as written:
         torch.save(dict(checkpoint), written)
@@ -142,8 +142,8 @@ def rank_checkpoints(folder: str | os.PathLike[str], report: Callable[[str], obj
     """Return the usable checkpoints of a fold's latest training, the best for going on first.
 
     That is the one with most epochs behind it; of equals final comes before latest before best. Files that turn out to
-    be damaged are passed over, as are those of a training that was begun earlier: whoever starts anew in the folder of
-    a finished training keeps its checkpoint_final until there is a new one.
+    be damaged are passed over, as are those of a training that was begun earlier: a new training in the folder of a
+    finished one keeps its checkpoint_final until there is a new one.
 
     Args:
         report: Takes a line about each file that is passed over.
@@ -215,7 +215,7 @@ def _load_allow_listed(path: Path, options: dict[str, Any]) -> object:
 
 @lru_cache(maxsize=1)
 def _allow_list() -> dict[str, object]:
-    """Map the full names that checkpoints may refer to, besides torch's own, to what they stand for."""
+    """Map names that checkpoints may refer to, besides torch's, to their objects."""
     dtype_classes = {type(np.dtype(name)) for name in _NUMPY_DTYPES}
     scalar, reconstruct = np.float64(0).__reduce__()[0], np.zeros(1).__reduce__()[0]
     multiarray = {"scalar": scalar, "_reconstruct": reconstruct}
@@ -242,7 +242,10 @@ def _allows_unsafe_checkpoints() -> bool:
 
 
 def _first_line(error: BaseException) -> str:
-    """Return the part of torch's messages that says what happened; its advice about `weights_only` follows below."""
+    """Return the part of torch's messages that names the failure.
+
+    Its advice about `weights_only` follows below.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     named = [line for line in lines if "Unsupported global" in line or "Unsupported operand" in line]
     return (named or lines or [type(error).__name__])[0]

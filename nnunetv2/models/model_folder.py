@@ -121,9 +121,9 @@ def _load_for_prediction(path: Path) -> dict[str, Any]:
 
 
 def _take_into_memory_(weights: Parameters) -> None:
-    """Copy weights out of their file, which others may change; what a state dict knows of its versions stays.
+    """Copy weights out of their file, which others may change.
 
-    Names of one tensor, of which the networks of nnU-Net have up to four, share one copy.
+    The metadata of the state dict stay. Names of one tensor (networks of nnU-Net have up to four) share one copy.
     """
     copies: dict[tuple[object, ...], torch.Tensor] = {}
     for name, value in weights.items():
@@ -139,7 +139,7 @@ def save_model_description(
 ) -> None:
     """Write plans, dataset description and fingerprint, which prediction needs besides the weights.
 
-    What killed processes were writing there an hour ago or earlier is removed.
+    Partial files that killed processes left there an hour ago or earlier are removed.
 
     Raises:
         FileNotFoundError: The dataset has no fingerprint.

@@ -27,7 +27,7 @@ def get_network_from_plans(
 
     Args:
         arch_class_name: Dotted path of the class, or the class.
-        arch_kwargs: What its constructor is given, besides `input_channels` and `num_classes`.
+        arch_kwargs: Arguments of its constructor, besides `input_channels` and `num_classes`.
         arch_kwargs_req_import: Those keys of `arch_kwargs` whose values are classes, by their dotted paths, or None.
         input_channels: Channels of the image, with the one-hot segmentation of a previous stage.
         output_channels: Segmentation heads.
@@ -96,7 +96,7 @@ def _find_moved_class(arch_class_name: str) -> type[nn.Module]:
 
 
 def _locate(value: object, argument: str) -> object:
-    """Return what a dotted path leads to; anything but text is already what it should be."""
+    """Return the object at a dotted path; other values as they are."""
     if not isinstance(value, str):
         return value
     found = locate_argument(value, argument)

@@ -107,13 +107,13 @@ def plan_transfer(
     new: ChannelsAndClasses = UNKNOWN,
     keeps_classes: bool = True,
 ) -> Transfer:
-    """Decide what the tensors of a network start from; nothing is written yet.
+    """Decide the initial values of a network's tensors; nothing is written yet.
 
     Args:
         network: Without the wrappers of DDP and torch.compile.
         weights: State dict of the other network, perhaps with their prefixes.
-        old: What its channels and classes are.
-        new: What those of `network` are.
+        old: Its channels and classes.
+        new: Those of `network`.
         keeps_classes: Whether classes of the same name keep their weights, or all start anew.
 
     Raises:
@@ -169,8 +169,8 @@ def adapt_input_channels(
     """Return a first convolution's weight `(features, number, *kernel)`, and in words how it was made.
 
     Where some channel has the name of an old one, such channels take the weights of that one, and the others start at
-    zero: the network begins with what it made of the channels that it knows. Otherwise each channel takes the sum of
-    the old ones, divided by the new number, so that equal images in all channels give what they gave before.
+    zero: the network begins with its response to the channels that it knows. Otherwise each channel takes the sum of
+    the old ones, divided by the new number, so that equal images in all channels give the same output as before.
 
     Args:
         weight: `(features, channels, *kernel)`.
@@ -198,7 +198,7 @@ def _transfer_classes(
     old: ChannelsAndClasses,
     new: ChannelsAndClasses,
 ) -> None:
-    """Decide what a weight or bias with one row per class starts from."""
+    """Decide the initial values of a tensor with one row per class."""
     common = [one for one in new.classes if one in old.classes]
     if found is None:
         transfer.new[name] = "the other network has no such output"

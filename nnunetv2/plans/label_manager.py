@@ -41,7 +41,7 @@ class LabelManager:
         regions_class_order: For datasets with regions: the label that each region other than background gets in a
             label map, in the order in which they are written, later ones over earlier ones.
         force_use_labels: Treat a dataset with regions as one with plain labels.
-        inference_nonlin: What turns logits into probabilities, if not softmax (labels) or the logistic function
+        inference_nonlin: The function from logits to probabilities, if not softmax (labels) or the logistic function
             (regions).
 
     Raises:

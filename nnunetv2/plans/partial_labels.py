@@ -5,7 +5,7 @@ Sites may annotate different ones.
 The dataset.json in nnUNet_preprocessed has the labels of all sites then, and two keys more:
 
     "annotated_labels": ["background", "anterior"]              those of this site
-    "values_in_raw_data": {"background": 0, "anterior": 2}      what they are called in its own label files
+    "values_in_raw_data": {"background": 0, "anterior": 2}      their values in its own label files
 
 A dataset.json without them is that of a site that annotates all its classes, under the values in its files.
 """

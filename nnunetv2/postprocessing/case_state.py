@@ -80,7 +80,7 @@ def open_case(
 def try_entries(
     state: CaseState, accepted: Sequence[int], entries: Sequence[Entry]
 ) -> tuple[CaseState, list[Confusion]]:
-    """Find what keeping the largest component of each entry would remove from a case.
+    """Find the voxels that keeping each entry's largest component would remove.
 
     Args:
         state: The case.

@@ -24,7 +24,7 @@ def remove_all_but_largest_component_from_segmentation(
     Args:
         segmentation: Label map; not changed.
         labels_or_regions: A label, a tuple of labels, or a list of both. Their union is one mask.
-        background_label: What the removed voxels become.
+        background_label: The label that removed voxels get.
     """
     entries = labels_or_regions if isinstance(labels_or_regions, list) else [labels_or_regions]
     labels = [label for entry in entries for label in ([entry] if np.ndim(entry) == 0 else entry)]

@@ -121,7 +121,7 @@ def decide(
 def group_disjoint(classes: Sequence[LabelOrRegion]) -> list[list[LabelOrRegion]]:
     """Split classes into runs without a common label.
 
-    What is removed from one leaves the others of its run alone.
+    Removing voxels of one leaves the others of its run alone.
     """
     groups: list[list[LabelOrRegion]] = []
     taken: set[int] = set()
@@ -143,7 +143,7 @@ class _Trials:
         self.accepted: list[int] = []
 
     def run(self, entries: Sequence[LabelOrRegion]) -> list[dict[str, Confusion]]:
-        """Return for each entry what it would remove from each case."""
+        """Return, per entry and case, the confusion of the voxels to remove."""
         labels = [labels_of(entry) for entry in entries]
         cases = {name: (state, self.accepted, labels) for name, state in self._states.items()}
         results = map_cases(try_entries, cases, self._num_processes, self._files)

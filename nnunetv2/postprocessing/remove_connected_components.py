@@ -1,4 +1,4 @@
-"""Remove what lies outside the largest component of a class.
+"""Remove voxels outside the largest component of a class.
 
 Find out where that helps, and apply it to folders.
 """
@@ -212,7 +212,7 @@ def _add_json_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _DatasetFiles:
-    """What plans and dataset.json say about label maps."""
+    """The description of label maps by plans and dataset.json."""
 
     def __init__(self, plans: dict, dataset_json: dict) -> None:
         from nnunetv2.plans.partial_labels import unannotated_labels

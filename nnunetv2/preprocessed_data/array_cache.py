@@ -18,7 +18,7 @@ MAX_OPEN = 128
 class ArrayCache:
     """The arrays that were opened last. A file that has changed is opened again.
 
-    For one thread: those who read from an array at the same time would share its buffers. On Windows nothing is kept,
+    For one thread: simultaneous readers of an array would share its buffers. On Windows nothing is kept,
     as an open file cannot be replaced there.
     """
 
@@ -39,7 +39,7 @@ class ArrayCache:
         return entry[1]
 
     def __getstate__(self) -> dict:
-        """Leave the arrays behind: another process opens what it needs."""
+        """Leave the arrays behind: another process opens the ones that it needs."""
         return {"max_open": self._max_open}
 
     def __setstate__(self, state: dict) -> None:
@@ -47,7 +47,7 @@ class ArrayCache:
 
 
 def _version(path: Path) -> tuple[int, ...]:
-    """Return what changes with a file; nothing if there is none, which whoever opens it reports."""
+    """Return a file's inode, time and size, empty if there is none."""
     try:
         status = path.stat()
     except FileNotFoundError:

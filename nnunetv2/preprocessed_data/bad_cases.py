@@ -16,7 +16,7 @@ from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 T = TypeVar("T")
 
 BAD_CASES_FILE = "bad_cases.json"
-"""In the preprocessed dataset. Written with `--without_bad_cases`; what comes later leaves the same cases out."""
+"""In the preprocessed dataset. Written with `--without_bad_cases`; later steps leave the same cases out."""
 
 _SHOWN = 10
 

@@ -2,8 +2,8 @@
 
 So that reading one patch reads little else.
 
-A block is what Blosc2 decompresses at once and should fit a CPU's L2 cache; a chunk, a stack of blocks, is what it
-finds in the file and should fit the L3 cache.
+A block is decompressed at once and should fit a CPU's L2 cache; a chunk, a stack of blocks, is located in the file as
+a unit and should fit the L3 cache.
 """
 
 from __future__ import annotations

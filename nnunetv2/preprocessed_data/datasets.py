@@ -169,13 +169,13 @@ class nnUNetDatasetBlosc2(nnUNetBaseDataset):
     ) -> None:
         """Write a case.
 
-        The image comes last: it is what makes a case of the files, so every case is complete.
+        The image comes last: only files with an image count as a case, so every case is complete.
 
         Args:
             chunks, blocks: Shapes `(1, x, y, z)`. Default: for patches of 128 voxels a side, with a warning.
             chunks_seg, blocks_seg: Default: those of the image.
             codec: Default: LZ4HC.
-            filters, filters_seg: Default: what compresses better of SHUFFLE and none.
+            filters, filters_seg: Default: SHUFFLE or none, whichever compresses better.
 
         Raises:
             RuntimeError: The case exists already.
@@ -348,7 +348,10 @@ def infer_dataset_class(folder: str) -> type[nnUNetBaseDataset]:
 
 
 def _file_names(folder: str) -> list[str]:
-    """Return the sorted names of the visible files; `.partial-*` folders hold what is being written."""
+    """Return the sorted names of the visible files.
+
+    Hidden folders `.partial-*` hold files that are being written.
+    """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"there is no folder {folder}; run nnUNetv2_preprocess for this configuration")
     with os.scandir(folder) as entries:

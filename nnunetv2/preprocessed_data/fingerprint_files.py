@@ -17,7 +17,7 @@ LOCAL_FINGERPRINT = "dataset_fingerprint_local.json"
 LISTS = ("spacings", "shapes_after_crop")
 """Fields of a fingerprint with one entry per case,"""
 GEOMETRY_STATISTICS = "geometry_statistics"
-"""and what stands in their place where a federation pools order statistics only; see `case_geometry`."""
+"""and the field in their place where a federation pools order statistics only; see `case_geometry`."""
 
 
 def count_cases(fingerprint: Mapping[str, Any]) -> int:

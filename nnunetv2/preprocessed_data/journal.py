@@ -3,8 +3,8 @@
 An interrupted run goes on where it was.
 
 Beside a folder such as `nnUNetPlans_3d_fullres` lies the journal `.nnUNetPlans_3d_fullres.finished.jsonl`: not in the
-folder, where nnU-Net takes every file for part of a case. Its first line says what the run was made from, each further
-one names a finished case with the files it came from and the files it became:
+folder, where nnU-Net takes every file for part of a case. Its first line names the ingredients of the run, each further
+one a finished case with the files it came from and the files it became:
 
     {"format": 2, "made_from": {"plans": "9f...", "dataset.json": "c0...", "code": "11..."}}
     {"case": "liver_0", "sources": [["/raw/imagesTr/liver_0_0000.nrrd", 13922, 1790, 1795, "5e..."]], "outputs": [...]}
@@ -46,8 +46,8 @@ class PreprocessingJournal:
 
     Args:
         folder: Of preprocessed cases; created if it does not exist.
-        made_from: Names and digests of what the cases are made from beside their own files. If the journal says
-            otherwise, the folder is emptied.
+        made_from: Names and digests of the cases' ingredients beside their own files. If the journal has others, the
+            folder is emptied.
 
     Raises:
         FolderInUseError: Another run is writing to the folder.
@@ -110,7 +110,7 @@ class PreprocessingJournal:
         )
 
     def _are_same(self, entry: dict, sources: Sequence[str]) -> bool:
-        """Tell whether the sources of a case hold what they held; note their new times of change."""
+        """Tell whether a case's sources are unchanged; note new times of change."""
         now = [_refreshed(Path(file), before) for file, before in zip(sources, entry["sources"])]
         if len(sources) != len(entry["sources"]) or [_content(state) for state in now] != [
             _content(state) for state in entry["sources"]
@@ -149,7 +149,7 @@ class PreprocessingJournal:
 
 
 def read_header(folder: Path) -> dict | None:
-    """Return what a folder's cases were made from, as its journal says; None without one."""
+    """Return the ingredients in the header of a folder's journal, or None."""
     try:
         with journal_path(folder).open("rb") as file:
             header = json.loads(file.readline())
@@ -163,7 +163,7 @@ def journal_path(folder: Path) -> Path:
 
 
 def _read_lines(file: IO[bytes]) -> list[dict]:
-    """Return the complete lines, and cut off what comes after them."""
+    """Return the complete lines, and cut off the rest."""
     lines, end = [], 0
     for line in file:
         try:

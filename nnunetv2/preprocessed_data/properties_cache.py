@@ -26,7 +26,7 @@ class PropertiesCache:
 
     A file that has changed is read again.
 
-    Locations of voxels are kept as int32, half of what they are in the file. Every caller gets a dict of its own; the
+    Locations of voxels are kept as int32, half of their size in the file. Every caller gets a dict of its own; the
     arrays in it are shared, and therefore read-only.
     """
 
@@ -60,7 +60,7 @@ class PropertiesCache:
             self._bytes -= self._entries.pop(path)[2]
 
     def __getstate__(self) -> dict:
-        """Leave what was read behind: another process reads what it needs."""
+        """Leave the properties behind: another process reads the ones that it needs."""
         return {"_max_bytes": self._max_bytes, "_read": self._read}
 
     def __setstate__(self, state: dict) -> None:

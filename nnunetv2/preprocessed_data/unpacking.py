@@ -30,9 +30,9 @@ def unpack_dataset(
     only when it is complete.
 
     Args:
-        overwrite_existing: Also unpack what was unpacked before.
+        overwrite_existing: Also unpack arrays that were unpacked before.
         num_processes: Number of threads.
-        verify: Open each result, old ones too; what cannot be opened is written again, up to twice.
+        verify: Open each result, old ones too; damaged ones are written again, up to twice.
 
     Raises:
         RuntimeError: An array cannot be read even then.

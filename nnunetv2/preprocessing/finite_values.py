@@ -13,7 +13,7 @@ def require_finite(array: np.ndarray, what: str = "image") -> None:
     A single one that is not spoils statistics and networks.
 
     Args:
-        what: How the message calls the array.
+        what: The name of the array in the message.
 
     Raises:
         InvalidInputError: Voxels are NaN or infinite; the message says how many.

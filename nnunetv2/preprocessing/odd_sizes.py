@@ -48,7 +48,7 @@ def require_memory(
 def describe_grids(
     old_shape: Sequence[int], new_shape: Sequence[int], spacing: Sequence[float], new_spacing: Sequence[float]
 ) -> str:
-    """Return what resampling does to an image, in words."""
+    """Describe the effect of resampling on the grid of an image."""
     return (
         f"{_by(old_shape)} voxels with spacing {_by(spacing)} mm become {_by(new_shape)} voxels at the plans' "
         f"spacing {_by(new_spacing)} mm"

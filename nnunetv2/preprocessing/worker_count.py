@@ -28,8 +28,8 @@ def choose_num_processes(
     """Return a number of worker processes, at least 1.
 
     Args:
-        bytes_per_case: What a process takes that works on the largest case, itself included.
-        free_bytes, cores: Default: what this machine (or container) has.
+        bytes_per_case: Memory of a process that works on the largest case, itself included.
+        free_bytes, cores: Default: those of this machine (or container).
     """
     free_bytes = free_memory_bytes() if free_bytes is None else free_bytes
     cores = available_cores() if cores is None else cores
@@ -48,7 +48,7 @@ def choose_num_processes(
 def available_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Return the cores that this process may use.
 
-    Those of the machine, less what affinity or a container's quota take.
+    Those of the machine, as far as affinity or a container's quota allow.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:

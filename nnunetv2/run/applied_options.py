@@ -56,7 +56,7 @@ def refuse_for_validation(options: TrainingOptions, *, only_run_validation: bool
 
 
 def prepare_trainer_(trainer: nnUNetTrainer, options: TrainingOptions, *, continue_training: bool) -> None:
-    """Let a trainer follow its options, and build what they change.
+    """Let a trainer follow its options; build the parts that they change.
 
     Without options it stays as it is.
 
@@ -118,7 +118,7 @@ def continue_options(
         epochs_done: Epochs behind the checkpoint.
 
     Raises:
-        OptionError: The training is finished, and an option differs from what it was trained with; fewer epochs are
+        OptionError: The training is finished, and an option differs from the value used for it; fewer epochs are
             asked for than it has behind it; or another weight decay, which is part of the optimizer's state.
     """
     changed = {name: value for name, value in given.lasting().items() if value != value_in_use(trainer, kept, name)}
@@ -143,7 +143,7 @@ def continue_options(
 
 
 def value_in_use(trainer: nnUNetTrainer, options: TrainingOptions, name: str) -> Any:
-    """Return what holds for an option: the value of the trainer, where it has one."""
+    """Return an option's value in use: the trainer's, where it has one."""
     if name == "batch_size":
         return trainer.configuration_manager.batch_size
     return getattr(trainer, ATTRIBUTES[name]) if name in ATTRIBUTES else getattr(options, name)

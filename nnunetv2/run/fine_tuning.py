@@ -15,16 +15,16 @@ if TYPE_CHECKING:
 
 
 def start_from_pretrained_weights(trainer: nnUNetTrainer, file: str, *, heads: str | None = None) -> None:
-    """Fill an initialized trainer's network from a checkpoint, and log what each tensor starts from.
+    """Fill a trainer's network from a checkpoint; log each tensor's origin.
 
-    What release 2.8.1 loads is loaded as there, unless `heads` asks for more.
+    Checkpoints that release 2.8.1 loads are loaded as there, unless `heads` asks for more.
 
     Args:
         file: A checkpoint of this package or of the release.
         heads: See `TrainingOptions.pretrained_heads`.
 
     Raises:
-        ValueError: A tensor of the network has no counterpart in the file, and no rule says what it starts from.
+        ValueError: A tensor of the network has no counterpart in the file, and no rule for its initial values.
     """
     from nnunetv2.models.networks import adapt_weight_names, bare_network
     from nnunetv2.models.weight_transfer import (
@@ -77,7 +77,7 @@ def describe_transfer(transfer: Transfer, file: str, *, old: ChannelsAndClasses,
 
 
 def _channels_and_classes_of(checkpoint: Mapping[str, Any], file: Path) -> ChannelsAndClasses:
-    """Return what a checkpoint's channels and classes are, by its own dataset.json or that of its model folder."""
+    """Return a checkpoint's channels and classes, by its or its model's dataset.json."""
     from nnunetv2.models.weight_transfer import UNKNOWN, name_channels_and_classes
 
     arguments = checkpoint.get("init_args")

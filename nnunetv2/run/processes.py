@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import torch
 
 LONGEST_WAIT = timedelta(hours=6)
-"""How long a process waits for another one: unpacking a large dataset takes the first one long. That a process has died
-is noticed at once, by whoever started it."""
+"""How long a process waits for another one: unpacking a large dataset takes the first one long. The death of a process
+is noticed at once, by the process that started it."""
 
 REACTION_TIME_S = 1.0
 """How long it takes until a signal is passed on. The end of a process is noticed at once."""

@@ -189,7 +189,7 @@ def run_training(
         continue_training: Go on from the latest checkpoint.
         val_with_best: Validate with checkpoint_best.
         device: Where to train. Default: CUDA.
-        options: What to change of the trainer.
+        options: Settings that replace those of the trainer.
         privacy: Options of a trainer with differential privacy.
         no_validation: Leave the validation cases for a later command.
 
@@ -458,7 +458,7 @@ def _train(args: argparse.Namespace, options: TrainingOptions) -> None:
 def _without_garbage_collection() -> Iterator[None]:
     """Import without looking for garbage, of which there is none: that makes up a sixth of the time.
 
-    What was imported stays out of later collections, and so in memory that worker processes share.
+    Imported modules stay out of later collections, and so in memory that worker processes share.
     """
     gc.disable()
     try:
@@ -514,7 +514,7 @@ def _build_trainer(job: _Job, device: torch.device) -> nnUNetTrainer:
         job.fold,
         job.trainer_name,
         job.plans_identifier,
-        # A validation goes on with what a training has logged, and deletes nothing of it.
+        # A validation goes on with the logs of a training, and deletes nothing of them.
         job.continue_training or job.only_run_validation,
         device,
         **({"results_name": options.results_name} if options.results_name else {}),
@@ -544,7 +544,7 @@ def _check_privacy(
 
 
 def _run(trainer: nnUNetTrainer, job: _Job) -> None:
-    """Load what is to be loaded, train, validate."""
+    """Load a checkpoint or weights, train, validate."""
     from nnunetv2.models.checkpoint_file import BEST
 
     if job.disable_checkpointing:  # a trainer may say so by itself

@@ -10,7 +10,7 @@ from nnunetv2.utilities.durations import parse_duration
 
 
 def add_training_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that set what a training does; `options_from` reads them."""
+    """Add the settings of a training as options; `options_from` reads them."""
     group = parser.add_argument_group(
         "settings of the training",
         "They win over the trainer's class, are kept in checkpoints, and --c takes them over.",

@@ -69,7 +69,7 @@ class Results:
         return [finding for area in AREAS for finding in self.by_area[area]]
 
     def add(self, area: str, check: Callable[[], Iterable[Finding]]) -> None:
-        """Add what a check finds."""
+        """Add the findings of a check."""
         self.by_area[area] += self.obtain(area, lambda: list(check())) or []
 
     def obtain(self, area: str, function: Callable[[], T]) -> T | None:
@@ -138,7 +138,7 @@ def _load_credential(results: Results) -> SiteCredential | None:
 
 
 def _check_dataset(results: Results, request: Request, credential: SiteCredential | None) -> PlannedTraining | None:
-    """Check the data; return what is known of the training, if the data can be understood."""
+    """Check the data; return the planned training, if they can be understood."""
     folders = results.obtain("data", lambda: find_folders(request.dataset or ""))
     if folders is None:
         return None
@@ -217,7 +217,7 @@ def _estimate_gb(training: PlannedTraining, name: str) -> float:
 
 
 def _forecast(line: Line, update_bytes: int, step_s: float | None) -> Forecast | None:
-    """Compute hours and gigabytes from what was measured; None where the federation is not known."""
+    """Compute hours and gigabytes from measurements; None for an unknown federation."""
     settings = line.settings
     if settings is None:
         return None

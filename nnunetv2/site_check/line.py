@@ -311,7 +311,7 @@ def _when_free(rehearse: Callable[[], rehearsal.Passage]) -> rehearsal.Passage:
 
 
 def _explain_cut(size: str, error: FederationError, *, what: Literal["body", "answer"]) -> Finding:
-    """Tell what keeps large bodies, or large answers, from coming through."""
+    """Return the finding on large bodies or answers that do not arrive."""
     if isinstance(error, RefusedError):
         return _explain_refusal(error)
     if what == "body":

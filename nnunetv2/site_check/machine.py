@@ -19,7 +19,7 @@ _finding = partial(Finding, area="machine")
 
 
 def check_folders() -> Iterator[Finding]:
-    """Check the three variables, and that what they name can be read or written."""
+    """Check the three variables, and access to the folders that they name."""
     for variable in (nnUNet_raw, *_WRITTEN):
         name = variable.env_var_name
         try:
@@ -48,7 +48,7 @@ def check_folders() -> Iterator[Finding]:
 
 
 def check_disk(needed: Mapping[str, int]) -> Iterator[Finding]:
-    """Check that there is room for what is still to be written.
+    """Check that there is room for the files still to be written.
 
     Args:
         needed: Environment variable -> bytes; "tmp" stands for the folder of temporary files.

@@ -1,4 +1,4 @@
-"""Check that this site's allow-list lets out what planning and training send."""
+"""Check that this site's allow-list permits the documents of planning and training."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ class BackgroundWriter:
     """Run functions in one thread, in the order in which they came.
 
     A newer task takes the place of one of its name that still waits: of a file that is written again and again, only
-    the newest content matters. The thread lives while there is something to do, and is no daemon: what was handed
-    over is written even if the program ends meanwhile.
+    the newest content matters. The thread lives while there is something to do, and is no daemon: tasks that were
+    handed over are done even if the program ends meanwhile.
     """
 
     def __init__(self) -> None:
@@ -39,7 +39,7 @@ class BackgroundWriter:
         """Hand over a task.
 
         Args:
-            name: What is written, say a file; replaces a waiting task of that name.
+            name: The task's, say that of a file; replaces a waiting task of that name.
             function: Called with `arguments`, which must not change until then.
             is_vital: Its failure ends the training, at the next `raise_failure`. Of others the log tells.
         """
@@ -66,7 +66,7 @@ class BackgroundWriter:
             raise failure
 
     def wait(self) -> None:
-        """Return as soon as everything handed over is done, without raising what failed."""
+        """Return as soon as all tasks are done, without raising their errors."""
         with self._changed:
             while self._thread is not None:
                 self._changed.wait()

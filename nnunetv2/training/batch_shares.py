@@ -42,6 +42,6 @@ def loss_weight_of_rank(batch_size: int, world_size: int, rank: int) -> float:
     With it, the mean over processes is that over all samples.
 
     It is 1 if the processes have equally many samples. The Dice of a whole batch is the same number in all processes,
-    and the weights sum to the number of processes, so it stays what it is.
+    and the weights sum to the number of processes, so it stays the same.
     """
     return split_batch_size(batch_size, world_size)[rank] * world_size / batch_size

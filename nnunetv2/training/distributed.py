@@ -54,7 +54,7 @@ def gather(values: np.ndarray) -> list[np.ndarray]:
 
 
 def from_first_process(question: Callable[[], Answer]) -> Answer:
-    """Return in all processes what the first one answers; the others are not asked."""
+    """Return the first process's answer in all processes; others are not asked."""
     if not is_distributed():
         return question()
     box = [question() if distributed.get_rank() == 0 else None]

@@ -51,7 +51,7 @@ def _draw(path: Path, batch: dict, spacing: list[float], labels: dict[str, Any],
 
 
 def _copy_samples(batch: dict) -> dict[str, Any]:
-    """Copy what is drawn; the training may change the batch meanwhile."""
+    """Copy the samples to draw; the training may change the batch meanwhile."""
     target = batch["target"][0] if isinstance(batch["target"], (list, tuple)) else batch["target"]
     return {
         "data": torch.as_tensor(batch["data"])[:MAX_SAMPLES].cpu().clone().numpy(),
@@ -61,7 +61,7 @@ def _copy_samples(batch: dict) -> dict[str, Any]:
 
 
 def _names(labels: dict[str, Any], has_regions: bool) -> dict[int, str]:
-    """Return what labels are called, or the regions by their number."""
+    """Return the names of labels, or of regions by their number."""
     if has_regions:
         regions = [name for name in labels if name not in ("background", "ignore")]
         return dict(enumerate([*regions, "ignore"]))

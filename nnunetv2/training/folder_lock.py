@@ -36,7 +36,7 @@ class RunningTraining:
 def training_in(folder: str | os.PathLike[str], *, refuses_to_stop: str = "") -> Iterator[str]:
     """Hold a folder while training into it, and yield the name of the holder.
 
-    The lock ends with the process, however that ends. What a killed training was writing is removed.
+    The lock ends with the process, however that ends. Partial files of a killed training are removed.
 
     Where the operating system or the file system knows no locks, nothing is held, and the name is empty.
 
@@ -67,7 +67,7 @@ def training_in(folder: str | os.PathLike[str], *, refuses_to_stop: str = "") ->
 def find_training(folder: str | os.PathLike[str]) -> RunningTraining | None:
     """Return who trains into a folder, or None if nobody does.
 
-    Where there are no locks, whoever has left a lock file there is taken for a training.
+    Where there are no locks, the writer of a lock file counts as a training.
     """
     try:
         descriptor = os.open(Path(folder) / LOCK_FILE, os.O_RDWR)

@@ -1,8 +1,8 @@
 """Keep parts of a network as they are while the rest is trained.
 
-A frozen tensor gets no gradient, and an optimizer leaves alone what has none: neither weight decay nor momentum touches
-it. Batch normalization counts as frozen with its own weight and bias; it then normalises with the statistics that it
-has, as in prediction, and does not change them. Instance normalization has no statistics to keep.
+A frozen tensor gets no gradient, and an optimizer leaves tensors without one alone: neither weight decay nor momentum
+touches them. Batch normalization counts as frozen with its own weight and bias; it then normalises with the statistics
+that it has, as in prediction, and does not change them. Instance normalization has no statistics to keep.
 """
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def keep_frozen_statistics_(network: nn.Module) -> None:
 
 
 def ensure_frozen_(trainer: nnUNetTrainer) -> None:
-    """Freeze what an initialized trainer shall keep, if its own `initialize` did not.
+    """Freeze the parameters that a trainer shall keep, if `initialize` did not.
 
     Raises:
-        RuntimeError: It is too late for that: the processes of a training have agreed on what is trained.
+        RuntimeError: It is too late: the processes of a training have agreed on the parameters to train.
     """
     parameters = dict(bare_network(trainer.network).named_parameters())
     wanted = [name for pattern in trainer.freeze_patterns for name in match_parameters(trainer.network, pattern)]

@@ -1,4 +1,4 @@
-"""Build the optimizer, and keep what it remembers independent of how it computes."""
+"""Build the optimizer, and keep its state independent of its implementation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 HOW_TO_COMPUTE = ("foreach", "fused", "capturable", "differentiable")
-"""Settings of an optimizer that say how, not what, it computes. They belong to the machine, not to the checkpoint."""
+"""Settings of an optimizer that choose its implementation. They belong to the machine, not to the checkpoint."""
 
 MOMENTUM = 0.99
 
 
 class EagerSGD(torch.optim.SGD):
-    """Compute what `torch.optim.SGD` computes, without loading the compiler of torch.
+    """Compute the steps of `torch.optim.SGD` without loading the compiler of torch.
 
     torch wraps these methods so that torch.compile leaves them alone, and the wrappers import torch._dynamo when they
     are called first: more than a second, and 100 MiB, of which a training that compiles nothing has no use.
@@ -49,7 +49,10 @@ def build_adamw(
 
 
 def build_grad_scaler(device: torch.device) -> torch.amp.GradScaler | None:
-    """Return what keeps small float16 gradients from vanishing; only CUDA trains in float16."""
+    """Return the scaler that keeps small float16 gradients from vanishing.
+
+    Only CUDA trains in float16.
+    """
     return torch.amp.GradScaler("cuda") if device.type == "cuda" else None
 
 

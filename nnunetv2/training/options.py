@@ -1,6 +1,6 @@
 """The settings of a training that its user gives beside the trainer.
 
-They win over what the trainer's class says, are kept in checkpoints and taken over by a training that goes on.
+They win over the settings of the trainer's class, are kept in checkpoints and taken over by a resumed training.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CHECKPOINT_KEY = "training_options"
 LARGEST_SEED = 2**32 - 1
 
 _OF_ONE_COMMAND = ("stop_after_s", "results_name", "pretrained_heads")
-"""Options that say how a command trains, not what; no checkpoint keeps them."""
+"""Options of a single command; no checkpoint keeps them."""
 
 _RESULTS_NAME = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]|_(?!_))*(?<!_)")
 _LONGEST_RESULTS_NAME = 60
@@ -33,7 +33,7 @@ BEFORE_RESULTS_NAME = "-"
 
 
 class OptionError(ValueError):
-    """An option makes no sense, contradicts what is fixed already, or would have no effect."""
+    """An option makes no sense, contradicts a setting, or has no effect."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,7 +33,7 @@ def use_seed(seed: int) -> None:
 
 @contextmanager
 def seed_restored() -> Iterator[None]:
-    """Take back, at the end of the block, what `use_seed` has set in it."""
+    """Undo `use_seed` at the end of the block."""
     before = os.environ.get(SEED_VARIABLE)
     try:
         yield
@@ -47,8 +47,8 @@ def seed_restored() -> Iterator[None]:
 def seed_epoch(epoch: int, rank: int) -> None:
     """Begin new random sequences with an epoch, if the user set a seed.
 
-    They depend on nothing but seed, epoch and process, so that a training that goes on from a checkpoint draws what it
-    would have drawn without the interruption.
+    They depend on nothing but seed, epoch and process, so that a training that goes on from a checkpoint draws the same
+    numbers as without the interruption.
     """
     seed = seed_from_environment()
     if seed is not None:
@@ -61,7 +61,7 @@ def seed_everything(seed: int) -> None:
     """Seed the generators of Python, NumPy and torch, and choose deterministic algorithms on a GPU.
 
     Two runs of one training on the same machine then give the same weights, with any number of augmentation workers:
-    these derive what they draw from the seed and the number of the batch, not from this process.
+    these derive their random numbers from the seed and the number of the batch, not from this process.
     """
     import random
 

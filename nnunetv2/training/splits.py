@@ -135,7 +135,10 @@ def choose_fold(splits: Sequence[dict], fold: int, identifiers: Callable[[], Ite
 
 
 def _without_bad_cases(split: Split, fold: int, path: Path, report: Report) -> Split:
-    """Leave out what preprocessing left out, so that splits made for all cases still serve."""
+    """Leave out the cases that preprocessing left out.
+
+    So splits made for all cases still serve.
+    """
     bad = {one.case for one in load_bad_cases(path.parent)}
     found = sorted(bad.intersection([*split[0], *split[1]]))
     if not found:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 TensorOrList = torch.Tensor | list[torch.Tensor]
 
 MAX_GRADIENT_NORM = 12
-"""What nnU-Net has always clipped the norm of the gradient at."""
+"""The norm to which nnU-Net has always clipped the gradient."""
 
 
 def move_batch(batch: dict, device: torch.device) -> tuple[torch.Tensor, TensorOrList]:

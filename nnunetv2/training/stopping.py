@@ -5,7 +5,7 @@
     --stop_after TIME         no epoch begins that would be over later than that
     --early_stopping N        N epochs brought no better EMA pseudo Dice
 
-The schedule of the learning rate stays what it is: the present epoch is the last one of this command, and `--c` goes on
+The schedule of the learning rate stays as it is: the present epoch is the last one of this command, and `--c` goes on
 with the next one.
 """
 
@@ -24,7 +24,7 @@ from nnunetv2.utilities.durations import format_duration
 
 REQUEST_FILE = ".stop_requested"
 SIGNAL: signal.Signals | None = getattr(signal, "SIGUSR1", None)
-"""What asks a training to stop; None where the system has no such signal."""
+"""The signal that asks a training to stop; None where the system has none."""
 
 _signalled = threading.Event()
 
@@ -47,7 +47,7 @@ def listening() -> Iterator[None]:
         yield
     finally:
         signal.signal(SIGNAL, previous)
-        _signalled.clear()  # what was asked for was meant for this training, and not for the next one of a program
+        _signalled.clear()  # the request was meant for this training, and not for the next one of a program
 
 
 @contextmanager

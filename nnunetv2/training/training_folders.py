@@ -30,7 +30,7 @@ class Folders:
 def locate_folders(
     plans: PlansManager, configuration: str, fold: int | str, trainer_name: str, results_name: str | None = None
 ) -> Folders:
-    """Derive the folders of a training from what it trains.
+    """Derive a training's folders from plans, configuration, fold and trainer.
 
     Args:
         results_name: Keeps the results of several settings of one trainer apart. The stages of a cascade have the same.
@@ -86,7 +86,7 @@ def require_previous_stage(folder: str, cases: Iterable[str], configuration: str
         configuration: The previous stage.
 
     Raises:
-        FileNotFoundError: It has not; the message says what to train.
+        FileNotFoundError: It has not; the message has a remedy.
     """
     needed = sorted(set(cases))
     there = {path.stem for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()

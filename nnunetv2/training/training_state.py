@@ -1,4 +1,4 @@
-"""Gather what a checkpoint holds from a trainer, and put it back."""
+"""Gather the content of a checkpoint from a trainer, and restore it."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _describe_construction(trainer: nnUNetTrainer) -> dict[str, Any]:
     """Return the arguments that the trainer was built with.
 
     Those of a subclass are known by the attributes of their names, and left out where these are no plain data: only
-    such data can be loaded without running somebody's code.
+    such data can be loaded without running code of others.
     """
     own = [name for name in inspect.signature(type(trainer).__init__).parameters if name not in trainer.my_init_kwargs]
     values = {name: getattr(trainer, name) for name in own if name != "self" and hasattr(trainer, name)}

@@ -105,7 +105,7 @@ def set_aside_other_cases(folder: Path, cases: Collection[str], ending: str) -> 
 
     An earlier split has left them.
 
-    They go to the folder ASIDE beside it, whatever lies there under the same name is replaced.
+    They go to the folder ASIDE beside it, where files of the same name are replaced.
 
     Args:
         cases: Those to be kept.
@@ -187,7 +187,7 @@ def _predict_cases(
 def _read_ahead(
     reader: ThreadPoolExecutor, read: Callable[[str], Any], cases: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """Yield each case with what was read for it, while the next one is being read."""
+    """Yield each case with its content, while the next is being read."""
     following = reader.submit(read, cases[0]) if cases else None
     for i, case in enumerate(cases):
         assert following is not None
@@ -206,7 +206,7 @@ def _export(
     finished: ValidationProgress,
     save_probabilities: bool,
 ) -> None:
-    """Write the segmentation of a case and what the next stages of a cascade need; then note that it is done."""
+    """Write a case's segmentation, also for next stages; note it as done."""
     for stage, target_shape, dataset_class in next_stages:
         target_folder = Path(trainer.output_folder_base, "predicted_next_stage", stage)
         target_folder.mkdir(parents=True, exist_ok=True)

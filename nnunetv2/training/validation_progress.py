@@ -21,7 +21,7 @@ class ValidationProgress:
 
     It lives as long as the validation is incomplete.
 
-    It also holds a fingerprint of what predicts, and what is predicted. Cases count as done only for that fingerprint:
+    It also holds a fingerprint of network, settings and data. Cases count as done only for that fingerprint:
     after further training, with other settings or with data that were preprocessed otherwise, everything is predicted
     anew. A validation that was completed leaves nothing behind, so repeating it predicts everything too.
 

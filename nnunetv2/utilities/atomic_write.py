@@ -14,7 +14,7 @@ from pathlib import Path
 
 _PREFIX = ".partial-"
 A_DAY_S = 86400
-"""Age of leftovers of what takes long, such as unpacking a model over a slow network."""
+"""Age of leftovers of long tasks, such as unpacking a model over a slow network."""
 _NIFTI_ENDINGS = (".nii.gz", ".nii")
 _DISK_TROUBLE = {getattr(errno, name) for name in ("ENOSPC", "EFBIG", "EDQUOT", "EIO", "EROFS") if hasattr(errno, name)}
 
@@ -41,7 +41,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     The yielded file has the name of `path`, in a fresh folder beside it, because image libraries choose the format by
     the ending. Further files that the block writes into that folder (raw data next to a header) go along, first. If the
-    block raises, what it wrote is removed and `path` stays as it was. A symbolic link keeps pointing where it did, and
+    block raises, its files are removed and `path` stays as it was. A symbolic link keeps pointing where it did, and
     its target is replaced. A NIfTI file with a dot inside its name is yielded under a plainer one.
 
     Raises:
@@ -83,7 +83,7 @@ def copy_atomically(source: str | os.PathLike[str], path: str | os.PathLike[str]
 
 
 def make_scratch(folder: str | os.PathLike[str]) -> Path:
-    """Create a folder for what is being written.
+    """Create a folder for files that are being written.
 
     `remove_leftovers` finds it if this process is killed.
     """
@@ -94,7 +94,7 @@ def remove_leftovers(folder: str | os.PathLike[str], older_than_s: float = 3600)
     """Remove scratch folders that killed processes have left.
 
     Those in which something changed less than `older_than_s` seconds ago stay, for another process may be writing into
-    them. Whoever knows that there is none, since it holds a lock, may give 0.
+    them. A caller that holds a lock, and so knows that there is none, may give 0.
     """
     for scratch in Path(folder).glob(f"{_PREFIX}*"):
         try:

@@ -1,7 +1,7 @@
 """Work on cases in several processes, and name the case that fails.
 
 `multiprocessing.Pool` waits for ever when the system kills one of its workers; `concurrent.futures` notices, but cannot
-tell what the worker was at. Here each worker has a pipe of its own and one case at a time: a closed pipe is a dead
+tell the worker's case. Here each worker has a pipe of its own and one case at a time: a closed pipe is a dead
 worker, and its case is known. Nothing is polled.
 """
 
@@ -36,7 +36,7 @@ def process_cases(
     """Call `function(*arguments)` for each case; yield names and results as they come.
 
     Args:
-        function: Picklable, for it is sent to each worker once. What it returns is sent back.
+        function: Picklable, for it is sent to each worker once. Its results are sent back.
         cases: Name -> arguments.
         num_processes: 1 works in this process.
 

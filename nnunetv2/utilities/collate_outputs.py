@@ -1,4 +1,4 @@
-"""Merge what the steps of an epoch returned."""
+"""Merge the outputs of the steps of an epoch."""
 
 from __future__ import annotations
 

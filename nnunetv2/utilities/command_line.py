@@ -83,7 +83,7 @@ def run_command(function: Callable[[], int | None]) -> None:
         raise SystemExit(130) from None
     except Exception as error:
         if isinstance(error, BrokenPipeError) and _drop_what_nobody_reads():
-            raise SystemExit(128 + SIGPIPE) from None  # as a shell reports what this signal has ended
+            raise SystemExit(128 + SIGPIPE) from None  # as a shell reports a process that this signal has ended
         if not _is_expected(error):
             raise
         if _wants_traceback():
@@ -110,7 +110,10 @@ def describe_error(error: BaseException) -> str:
 
 
 def _drop_what_nobody_reads() -> bool:
-    """Tell whether the reader of what is printed has gone; if so, drop the rest, lest Python complain at its end."""
+    """Tell whether stdout's reader has gone; if so, drop the rest.
+
+    Python would complain of it at its end.
+    """
     try:
         sys.stdout.flush()
         is_unread = _is_broken(sys.stdout)
@@ -152,7 +155,7 @@ def _program() -> str:
 def _set_up_logging() -> None:
     """Show warnings of all libraries and the progress messages of ours on stderr, unless logging is set up already.
 
-    What quotes others is printable: messages, Python's own warnings, and the tracebacks of our mistakes.
+    Texts that quote others are printable: messages, Python's own warnings, and the tracebacks of our mistakes.
     """
     log_plainly()
     logging.getLogger("nnunetv2").setLevel(logging.DEBUG if _wants_traceback() else logging.INFO)

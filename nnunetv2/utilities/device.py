@@ -70,7 +70,7 @@ def cpu_has_bf16() -> bool:
 def wants_cpu_autocast() -> bool:
     """Tell whether networks run in bfloat16 on the CPU.
 
-    What the environment says, else what the processor can.
+    The environment decides, else the capabilities of the processor.
 
     Raises:
         ValueError: nnUNet_cpu_autocast is set to something that is neither yes nor no.

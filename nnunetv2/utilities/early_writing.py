@@ -1,6 +1,6 @@
 """Let the disk begin with a file while its rest is being made.
 
-The system keeps what is written in memory for up to half a minute. A sync at the end then waits for the whole file;
+The system keeps written data in memory for up to half a minute. A sync at the end then waits for the whole file;
 with this, for its last few MiB.
 """
 
@@ -18,7 +18,7 @@ _SYNC_FILE_RANGE_WRITE = 2
 
 
 def begin_writing(file: IO[bytes], begun: int) -> int:
-    """Let the disk begin with what was written behind byte `begun`.
+    """Let the disk begin with the data behind byte `begun`.
 
     Return the byte behind which it has not begun.
 

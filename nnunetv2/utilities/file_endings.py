@@ -37,7 +37,7 @@ def list_names(folder: str | os.PathLike[str], ending: str) -> list[str]:
 
     Links to files that are not there are included.
 
-    What reads those can say so; left out, their cases would be missed by nobody.
+    Their readers report them; left out, their cases would be missed by nobody.
     """
     with os.scandir(folder) as entries:
         return sorted(

@@ -144,7 +144,7 @@ def check_workers_alive_and_busy(
     Args:
         export_pool: The pool, of which only the number of workers counts.
         worker_list: Its processes as they were at the start; a pool replaces dead ones silently.
-        results_list: What `apply_async` returned so far.
+        results_list: The results of `apply_async` so far.
         allowed_num_queued: Unfinished results beyond one per worker.
 
     Raises:

@@ -29,7 +29,7 @@ def recursive_find_python_class(
     verbose: bool = False,
     cleanup_imports_from_base_folder: bool = False,
 ) -> object | None:
-    """Return what a module in or below `folder` calls `class_name`, or None.
+    """Return attribute `class_name` of a module in or below `folder`, or None.
 
     Modules of a folder come before those of its sub-packages, in alphabetical order, and any attribute counts,
     including imported ones.

@@ -27,8 +27,8 @@ def recursive_find_trainer_class_by_name(trainer_name: str) -> type:
 
     Raises:
         RuntimeError: There is no such class.
-        AssertionError: What was found is no subclass of nnUNetTrainer.
-        UntrustedNameError: It is no name that a class can have.
+        AssertionError: It is no subclass of nnUNetTrainer.
+        UntrustedNameError: The name is none that a class can have.
     """
     check_name(trainer_name, "the trainer's name", may_be_private=True)
     package_folder = _package_folder()
@@ -58,7 +58,7 @@ def _find_in_external_folders(trainer_name: str) -> object | None:
 
 
 def find_in_external_folder(folder: str, class_name: str) -> object | None:
-    """Return what a module of a folder outside the package calls `class_name`, or None.
+    """Return attribute `class_name` of an external folder's module, or None.
 
     Several external folders may have modules of the same names: the one found last keeps them, because it is the one
     in use. Without a hit, everything is as it was before.

@@ -13,7 +13,7 @@ _UNKNOWN_BYTES = 4 * 2**30
 def free_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Return the memory that the machine can give without swapping.
 
-    Or what a container's limit leaves, if less.
+    Or the rest of a container's limit, if less.
 
     4 GiB where the system does not tell.
     """

@@ -1,7 +1,7 @@
 """Chain lines by hashes, and find the first one that does not hold.
 
-The hash of a line is the SHA-256 of the hash before it and of the line's content. Whoever changes, removes or inserts a
-line in the middle breaks the chain; whoever cuts off its end is found out by a hash that was noted elsewhere.
+The hash of a line is the SHA-256 of the hash before it and of the line's content. Changing, removing or inserting a
+line in the middle breaks the chain; a hash that was noted elsewhere shows whether its end was cut off.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 START = "0" * 64
-"""What stands in for the hash before the first line."""
+"""Stands in for the hash before the first line."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import numpy as np
 
 
 def recursive_fix_for_json_export(my_dict: dict) -> None:
-    """Replace what JSON cannot hold by its plain equivalent, in place and at any depth.
+    """Replace values that JSON cannot hold, in place and at any depth.
 
     NumPy numbers become Python numbers, arrays of any rank become (nested) lists, paths and torch devices become text.
     Lists and tuples keep their type, dicts their order; integer keys become Python integers. Anything else stays.
@@ -47,7 +47,10 @@ def _plain(value: object) -> object:
 
 
 def _constructor(sequence: list | tuple) -> Callable[[list], object]:
-    """Return what builds a sequence of the same type; named tuples take their entries one by one."""
+    """Return the constructor of a sequence's type.
+
+    Named tuples take their entries one by one.
+    """
     kind = type(sequence)
     return (lambda entries: kind(*entries)) if hasattr(kind, "_fields") else kind
 

@@ -1,7 +1,4 @@
-"""Read JSON files that people edit by hand.
-
-Whatever is wrong with one, the message names it.
-"""
+"""Read hand-edited JSON files, with messages that name the fault."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ class JsonFileError(ValueError):
 
 PLANS: Mapping[str, type] = MappingProxyType({"configurations": dict})
 DATASET: Mapping[str, type] = MappingProxyType({"labels": dict})
-"""What nothing can be done without in plans and in a dataset.json."""
+"""The keys that plans, and a dataset.json, must have at least."""
 
 
 def read_json(
@@ -50,7 +47,7 @@ def read_json(
         kind: The type of the whole content.
         required: Keys that it must have, and the types of their values.
         refuse_duplicates: Refuse keys that occur twice in the same braces, of which a parser keeps the last only.
-        if_missing: What to say if there is no such file, best with a remedy. Default: that there is none.
+        if_missing: The message if there is no such file, best with a remedy. Default: Python's own.
 
     Raises:
         JsonFileError: It is no valid JSON, of another type, or lacks a key.
@@ -91,7 +88,7 @@ def read_json(
 
 
 def kind_of(value: object) -> str:
-    """Return what a JSON value is, in words."""
+    """Return the kind of a JSON value, in words."""
     return KINDS.get(type(value), type(value).__name__)
 
 

@@ -19,7 +19,7 @@ counting takes about a second per MiB, starting a process and its imports half a
 def map_cases(
     function: Callable[..., Any], cases: Mapping[str, tuple], num_processes: int, files: Iterable[str] | None = None
 ) -> dict[str, Any]:
-    """Return what `function(*arguments)` yields for each case, in the order of `cases`.
+    """Return the results of `function(*arguments)`, in the order of `cases`.
 
     Args:
         function: Picklable, as are the arguments and results.
@@ -55,7 +55,7 @@ def map_cases_visibly(
     Args:
         function: Importable by name, since workers are spawned.
         cases: Case identifier -> positional arguments.
-        num_processes: 1 works in this process, which is what a debugger wants.
+        num_processes: 1 works in this process, as a debugger needs.
         verbose: Log a line per case in place of the progress bar.
 
     Raises:

@@ -3,9 +3,8 @@
 To a terminal or a log.
 
 Names, labels, reasons and errors come from other sites, from a coordinator, from files. Among their characters may be
-some that move the cursor, colour a terminal, turn the direction of writing, or are not seen at all. Whatever a command
-prints goes through `show`, whatever it logs through `PlainTextFormatter`, and what it asks people to type through
-`shell_command`.
+some that move the cursor, colour a terminal, turn the direction of writing, or are not seen at all. So a command prints
+through `show`, logs through `PlainTextFormatter`, and quotes commands to type with `shell_command`.
 """
 
 from __future__ import annotations
@@ -32,8 +31,8 @@ def printable(text: object, *, lines: bool = False, most: int | None = None) -> 
     """Return text in which characters that cannot be seen stand as escapes, such as `\\x1b`.
 
     These are the Unicode categories Cc, Cf, Cs, Co, Cn, Zl, Zp, blanks other than the plain one, and letters that leave
-    no trace. Line breaks and tabulators become blanks: nobody can make up lines in the name of another. What is escaped
-    already stays as it is.
+    no trace. Line breaks and tabulators become blanks: nobody can make up lines in the name of another. Escapes stay
+    as they are.
 
     Args:
         text: Anything that has a text.
@@ -61,7 +60,7 @@ def excerpt(text: str, characters: int) -> str:
 
     Written as JSON, it has at most so many characters.
 
-    One character of what a stranger sends becomes up to twelve, as an escape here or in JSON: so the cut comes last.
+    One character of a stranger's text becomes up to twelve, as an escape here or in JSON: so the cut comes last.
     """
     shown, room = [], characters
     for one in text.translate(_BLANKS):
@@ -87,7 +86,7 @@ def _json_escape(character: str) -> str:
 def show(*lines: object, file: TextIO | None = None, flush: bool = False) -> None:
     """Print each text on one line of its own, `printable`.
 
-    What the terminal's encoding lacks is escaped too.
+    Characters that the terminal's encoding lacks are escaped too.
     """
     file = sys.stdout if file is None else file
     encoding = getattr(file, "encoding", None) or "utf-8"
@@ -101,7 +100,7 @@ def shell_command(program: str, *words: object, options: Iterable[tuple[str, obj
     No word of it is taken for a command or an option.
 
     Args:
-        program: What is run.
+        program: The name of the program.
         words: Its arguments. A path that begins with "-" is written as `./-...`; other words that do come after `--`.
         options: Pairs of an option and its value, None for a flag; a pair with the same option as the one before adds
             a value to it.

@@ -26,7 +26,7 @@ import numpy as np
 from nnunetv2.utilities.atomic_write import replacing
 
 _MEMORY_FACTOR, _MEMORY_ALLOWANCE = 16, 1 << 20
-"""What is rebuilt takes at most so many bytes for each byte of the file, and some more. An object takes one byte in the
+"""Objects take at most so many bytes for each byte of the file, and some more. An object takes one byte in the
 file at least and 8 in an array; text is copied up to three times."""
 _LONGEST_CODE = 64
 """Characters of a dtype's code, such as `f8` or `V24`."""
@@ -40,7 +40,7 @@ Take = Callable[[int], None]
 """Called with the bytes that are about to be allocated; raises UnpicklingError when a file asks for too many."""
 
 
-# ------------------------------------------------------------------------------------------------ what is rebuilt how
+# ------------------------------------------------------------------------------------------------- rebuilding objects
 def _rebuild_bytes(take: Take) -> bytes:
     return b""  # others are opcodes, or encoded
 
@@ -139,7 +139,7 @@ _REBUILT: dict[tuple[str, str], Callable[..., Any]] = {
 
 # ------------------------------------------------------------------------------------------------------ the unpicklers
 class FrugalUnpickler(pickle._Unpickler):
-    """Allocate only what a file holds.
+    """Allocate no more bytes than a file holds.
 
     The unpickler that is written in Python: that in C keeps a table of references as long as six bytes ask for.
     """
@@ -159,7 +159,7 @@ class FrugalUnpickler(pickle._Unpickler):
 
 
 class _RestrictedUnpickler(FrugalUnpickler):
-    """Build what the files of nnU-Net hold, and nothing else."""
+    """Build the objects that files of nnU-Net hold, and nothing else."""
 
     def __init__(self, content: bytes, admitted: Mapping[tuple[str, str], object]) -> None:
         super().__init__(io.BytesIO(content))
@@ -230,7 +230,7 @@ _DAMAGES = (
     ValueError,
     struct.error,
 )
-"""What reading a damaged pickle may end in."""
+"""Errors in which reading a damaged pickle may end."""
 
 
 def load_pickle_safely(
@@ -241,7 +241,7 @@ def load_pickle_safely(
     Numbers, text and NumPy scalars, arrays and dtypes, nothing else.
 
     Args:
-        admitted: What references to further (module, name) pairs yield. Nothing is imported for them.
+        admitted: The objects to which references to further (module, name) pairs resolve. Nothing is imported for them.
 
     Raises:
         pickle.UnpicklingError: The file is no pickle, is truncated, holds anything else, or asks for far more memory
@@ -275,7 +275,7 @@ def save_pickle(
         admitted: See `load_pickle_safely`.
 
     Raises:
-        ValueError: It holds what `load_pickle_safely` refuses, so nobody could read it.
+        ValueError: It holds objects that `load_pickle_safely` refuses, so nobody could read it.
     """
     content = pickle.dumps(obj)
     try:

@@ -63,11 +63,11 @@ class PartialDownload:
 
         Args:
             response: With status 206 if it is the rest that was asked for, else with the whole file.
-            tag: What tells this content from any other, as in If-Range; None where the server does not say.
-            watch: Told after every piece how many bytes have arrived; what it raises ends the download.
+            tag: The strong ETag of the content, for If-Range; None where the server sends none.
+            watch: Called after every piece with the bytes received so far; an exception from it ends the download.
 
         Raises:
-            requests.ConnectionError: The body is cut off, or is not the rest. What has arrived stays; ask again.
+            requests.ConnectionError: The body is cut off, or is not the rest. The received bytes stay; ask again.
             OversizedError: More than `largest` bytes are announced, or sent; none above it is written.
         """
         import requests

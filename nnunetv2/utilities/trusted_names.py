@@ -1,14 +1,12 @@
-"""Decide what names in plans, dataset.json and checkpoints may mean.
+"""Resolve names in plans, dataset.json and checkpoints to trusted code only.
 
-Without running what a stranger chose.
-
-Such files come from other people, and what they name is called. A name may mean
+Such files come from other people, and the things that they name are called. A name may mean
 
     torch modules         of torch.nn, dynamic_network_architectures and this package
     functions, classes    of torch.nn.functional, torch.nn.init and the building blocks of dynamic_network_architectures
     both                  of the modules in nnUNet_extTrainer and the packages in nnUNet_extPackages
 
-What counts is where a thing is defined, not where it can be reached: nearly every module leads to `os`. Nothing else is
+The place of the definition counts, not that of the access: nearly every module leads to `os`. Nothing else is
 imported to find that out.
 """
 
@@ -89,7 +87,7 @@ def find_class(
 
     Args:
         folder: Where the package lies.
-        base: What the class must derive from, so that it is meant for the purpose.
+        base: A class from which it must derive, so that it is meant for the purpose; or several.
 
     Raises:
         UntrustedNameError: The name is none, or means something else.
@@ -127,7 +125,7 @@ def locate_network_class(path: str | type[nn.Module], field: str) -> type[nn.Mod
     A class is returned as it is.
 
     Raises:
-        UntrustedNameError: The path leads elsewhere, or out of what may be named.
+        UntrustedNameError: The path leads elsewhere, or out of the trusted modules.
         ImportError: The module cannot be imported.
     """
     from torch import nn
@@ -139,12 +137,12 @@ def locate_network_class(path: str | type[nn.Module], field: str) -> type[nn.Mod
 
 
 def locate_argument(path: str, field: str) -> object | None:
-    """Return what a network is given and will call, from its dotted path.
+    """Return the class or function that a network's argument names.
 
     None if that leads nowhere.
 
     Raises:
-        UntrustedNameError: The path leads out of what may be named.
+        UntrustedNameError: The path leads out of the trusted modules.
         ImportError: The module cannot be imported.
     """
     from torch import nn
@@ -219,7 +217,7 @@ def _import(name: str, why: str) -> ModuleType | None:
         raise ImportError(f"{why}, which cannot be imported: {error}") from error
 
 
-# --------------------------------------------------------------------------------------------------- what is trusted
+# --------------------------------------------------------------------------------------------------- trusted modules
 def _listed_packages() -> tuple[str, ...]:
     """Return the packages of nnUNet_extPackages."""
     return tuple(name for name in re.split(r"[,;:\s]+", os.environ.get(PACKAGES_VARIABLE, "")) if name)

@@ -94,7 +94,7 @@ def _resolve_entry(folder: str, case: str, entry: dict) -> dict:
 
 def _resolve_path(folder: str, path: str) -> str:
     path = os.path.expandvars(path)
-    # abspath also removes the `..` with which entries reach files of other datasets; links stay what they are
+    # abspath also removes the `..` with which entries reach files of other datasets; links stay as they are
     return path if Path(path).is_absolute() else os.path.abspath(os.path.join(folder, path))  # noqa: PTH100
 
 

@@ -53,7 +53,7 @@ def sample_case(
     """Read, check and crop a case and draw `num_samples` foreground intensities of each channel.
 
     Args:
-        num_channels: What dataset.json says, checked if given.
+        num_channels: The number by dataset.json, checked if given.
 
     Raises:
         ValueError: Shapes of image and label differ, the number of channels is unexpected, or values are not

@@ -1,7 +1,8 @@
 """Answer planners' questions about spacings and shapes, from lists or from order statistics.
 
 A fingerprint usually lists every case. One that a federation pooled by order statistics alone (`--geometry quantiles`)
-has the field `geometry_statistics` in the place of the lists, with what planners ask for; either gives the same bits.
+has the field `geometry_statistics` in the place of the lists, with the order statistics that planners use; either gives
+the same bits.
 """
 
 from __future__ import annotations

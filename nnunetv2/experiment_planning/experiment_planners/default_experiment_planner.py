@@ -50,9 +50,9 @@ NO_LIMIT = 999999
 class ExperimentPlanner:
     """Plan a dataset for networks of the type PlainConvUNet.
 
-    Memory is not measured: the number of values in all feature maps stands for it (`vram_proxy`), compared with what
-    is known to fit `UNet_reference_val_corresp_GB`. Subclasses change attributes in their constructor, which keeps
-    this signature, or override the methods that decide one thing each.
+    Memory is not measured: the number of values in all feature maps stands for it (`vram_proxy`), compared with a
+    number that is known to fit `UNet_reference_val_corresp_GB`. Subclasses change attributes in their constructor,
+    which keeps this signature, or override the methods that decide one thing each.
     """
 
     encoder_depth_argument = "n_conv_per_stage"
@@ -69,7 +69,7 @@ class ExperimentPlanner:
         overwrite_target_spacing: Sequence[float] | None = None,
         suppress_transpose: bool = False,
     ) -> None:
-        """Read what planning needs.
+        """Read the files that planning needs.
 
         Args:
             overwrite_target_spacing: Three floats in array order before transposition, used instead of the median.
@@ -103,7 +103,7 @@ class ExperimentPlanner:
         self.UNet_blocks_per_stage_encoder: tuple[int, ...] = (2,) * 14
         self.UNet_blocks_per_stage_decoder: tuple[int, ...] = (2,) * 13
         self.UNet_featuremap_min_edge_length = 4
-        # What the memory of UNet_reference_val_corresp_GB is known to hold: so many values at these batch sizes.
+        # The memory of UNet_reference_val_corresp_GB is known to hold so many values at these batch sizes.
         self.UNet_reference_val_3d, self.UNet_reference_val_2d = 560000000, 85000000
         self.UNet_reference_val_corresp_GB = 8
         self.UNet_reference_val_corresp_bs_2d, self.UNet_reference_val_corresp_bs_3d = 12, 2
@@ -244,9 +244,9 @@ class ExperimentPlanner:
     def _shrink(
         self, topology: Topology, spacing: Sequence[float] | np.ndarray, median_shape: Sequence[float] | np.ndarray
     ) -> Topology:
-        """Shorten the axis that covers most of the median image by one step of what the network can divide.
+        """Shorten the axis that covers most of the median image.
 
-        The step is that of the network for the shorter patch, which may be less deep.
+        The step is the divisor of the network for the shorter patch, which may be less deep.
         """
         patch, step = np.array(topology.patch_size), topology.must_be_divisible_by
         ratios = patch / np.asarray(median_shape, dtype=float)

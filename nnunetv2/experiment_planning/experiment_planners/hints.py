@@ -10,10 +10,7 @@ if TYPE_CHECKING:
 
 
 def describe_too_small(configuration_name: str, median_shape: Sequence[float]) -> str:
-    """Explain why a network with a single stage cannot be trained.
-
-    And what helps.
-    """
+    """Explain why a single-stage network cannot be trained, with a remedy."""
     return (
         f"{configuration_name} cannot be trained: its images are too small, {_by(median_shape)} voxels in the "
         "median, for a network of more than one stage. An axis needs at least 8 voxels. Pad or resample the "

@@ -1,4 +1,4 @@
-"""Read and check what a planner starts from."""
+"""Read and check the inputs of a planner."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def get_pool_and_conv_props(
 
     An axis is halved while its voxels are less than twice as large as the smallest among the axes that still can be
     halved. Its kernel is 3 from the stage on at which its voxels are less than twice the smallest of all, 1 before
-    that: across thick slices a kernel would mix what is far apart.
+    that: across thick slices a kernel would mix distant voxels.
 
     Args:
         spacing: Per axis.

@@ -12,7 +12,7 @@ from nnunetv2.utilities.json_files import PLANS, read_json
 
 logger = logging.getLogger(__name__)
 
-# What a planner makes or leaves out depending on the dataset. Anything else in a file was added by a person.
+# A planner makes these or leaves them out, depending on the dataset. All others in a file were added by a person.
 _OPTIONAL_CONFIGURATIONS = ("3d_lowres", "3d_fullres", "3d_cascade_fullres")
 # Two configurations that agree in these make the same preprocessed files.
 _DECIDES_DATA = (

@@ -65,7 +65,10 @@ class CaseReport:
 
 @dataclass(frozen=True)
 class _Volume:
-    """What is compared between the files of a case. The shape is that of the voxels, without channels."""
+    """The properties compared between the files of a case.
+
+    The shape is that of the voxels, without channels.
+    """
 
     file: str
     num_channels: int
@@ -99,7 +102,7 @@ def _group_files(images: Sequence[str], reader: type) -> list[list[str]]:
 
 
 def _inspect_images(reader: BaseReaderWriter, paths: list[str], files: CaseFiles, report: CaseReport) -> _Volume | None:
-    """Report what is wrong with images on their own, and return what others can be compared with."""
+    """Report the faults of images on their own; return properties to compare."""
     faults, content = _read(reader, paths)
     faults = _report_doubts(report, files, paths[0], faults)
     volume = None
@@ -132,7 +135,7 @@ def _inspect_images(reader: BaseReaderWriter, paths: list[str], files: CaseFiles
 def _inspect_label(
     reader: BaseReaderWriter, files: CaseFiles, expected: Expectation, report: CaseReport
 ) -> _Volume | None:
-    """Report what is wrong with the label on its own, note its values, and return what images can be compared with."""
+    """Report the label's faults, note its values; return properties to compare."""
     faults, content = _read(reader, [files.label], is_label=True)
     faults = _report_doubts(report, files, files.label, faults)
     volume = None

@@ -1,4 +1,4 @@
-"""Read dataset.json and find what is wrong with what it says."""
+"""Read dataset.json and find the faults of its content."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def parse_dataset_json(file: Path, *, refuse_duplicates: bool = False) -> dict[s
         raise InvalidDatasetError(str(error)) from error
 
 
-# -------------------------------------------------------------------------------------------------- what it says
+# -------------------------------------------------------------------------------------------------- content
 
 
 def check_dataset_json(content: Mapping[str, Any]) -> list[Finding]:
@@ -254,11 +254,11 @@ def _check_reader_name(name: Any) -> list[Finding]:
 
 
 def _check_meaning_of_labels(content: Mapping[str, Any]) -> list[Finding]:
-    """Check what labels say together: consecutive, ignore above all others, an order for regions."""
+    """Check labels together: consecutive, ignore above all others, an order for regions."""
     try:
         determine_expected_labels(content)
     except (ValueError, RuntimeError, AssertionError) as error:
-        # the label manager says what it expects, and so does the check for gaps
+        # the label manager names its expectation, and so does the check for gaps
         return [_of_key("labels", str(error).removeprefix("dataset.json: "), "", _remedy_for_labels(content))]
     return _check_order_of_regions(content)
 

@@ -33,7 +33,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Displacement:
-    """In what two geometries differ, and by how much at most."""
+    """The difference between two geometries, and its largest distance."""
 
     what: str
     found: str
@@ -45,7 +45,7 @@ class Displacement:
 def get_geometry(properties: Mapping[str, Any]) -> Geometry | None:
     """Return the geometry that a reader has noted.
 
-    It is what the network sees, after any reorientation.
+    It is that of the arrays, after any reorientation.
     """
     if "sitk_stuff" in properties:
         stuff = properties["sitk_stuff"]
@@ -71,7 +71,7 @@ def find_displacement(first: Geometry | None, other: Geometry | None, shape: Seq
 
     Args:
         first: Of the image.
-        other: Of what should lie where the image lies.
+        other: Of the label, or of another image of the case.
         shape: Voxels per array axis, of both.
     """
     if first is None or other is None or len(first.origin) != len(other.origin):

@@ -99,7 +99,7 @@ def digest_test_images(
     """Read the images of imagesTs.
 
     Returns:
-        What `find_duplicates` takes, and warnings of images that cannot be read.
+        The input of `find_duplicates`, and warnings of images that cannot be read.
     """
     images = folder / "imagesTs"
     if not images.is_dir():

@@ -101,7 +101,7 @@ def rename_data_identifier(identifier: str, source_name: str, target_name: str) 
 def _fit_to_channels(
     plans: dict[str, Any], dataset_json: dict[str, Any], *, source_folder: Path, target_folder: Path
 ) -> dict[str, Any]:
-    """Adapt plans to another number of channels, or say what is missing for that."""
+    """Adapt plans to another number of channels, or warn of missing files."""
     from nnunetv2.experiment_planning.plans_for_pretraining.other_channels import adapt_channels
 
     new = _channel_names(dataset_json)

@@ -77,11 +77,11 @@ def read_table(table: np.ndarray, num_cases: int) -> list[Case]:
 
     Args:
         table: uint64 (cells, 14), the sum mod 2^64.
-        num_cases: So many cases it is to hold.
+        num_cases: The number of cases that it is to hold.
 
     Raises:
         TableTooSmallError: The cases cannot be told apart, or the sum is of something else.
-        StatisticsError: What it holds are no cases, or another number of them.
+        StatisticsError: Its records are no cases, or not `num_cases` of them.
     """
     left, cases = table.copy(), list[Case]()
     to_look_at = set(map(int, np.flatnonzero(left[:, 0])))
@@ -117,7 +117,7 @@ def _single_record(cell: np.ndarray, count: int) -> bytes | None:
 
 
 def _cell_and_places(record: bytes, num_of_cells: int) -> tuple[np.ndarray, list[int]]:
-    """Return what a record adds to a cell, and to which cells: one in each third of the table."""
+    """Return the cell of a record, and its places, one per third."""
     digest = hashlib.sha256(record).digest()
     third = num_of_cells // _HASHES
     places = [int.from_bytes(digest[8 * i : 8 * i + 8], "little") % third + i * third for i in range(_HASHES)]

@@ -21,7 +21,7 @@ from nnunetv2.federated.errors import StatisticsError
 
 NUM_BINS = 1 << 16
 PERCENTILES = (0.5, 50.0, 99.5)
-"""What nnU-Net's fingerprint holds of the foreground intensities, beside the median once more."""
+"""Percentiles of the foreground intensities in nnU-Net's fingerprint; the second is the median."""
 _SIGN = np.uint32(1 << 31)
 _CHUNK = 1 << 20
 _MAX_COUNT = 2**53

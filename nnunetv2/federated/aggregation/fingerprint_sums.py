@@ -1,6 +1,6 @@
 """Find the fingerprint of all sites by one sum after the other.
 
-Every sum is of one vector of 64-bit words per site. Its result says what is added up next:
+Every sum is of one vector of 64-bit words per site. Its result determines the next sum:
 
     coarse      65536 counts per channel                                          -> which bins hold the percentiles
     fine        1 if a case of the site has no foreground; per channel 4 words of
@@ -59,11 +59,11 @@ class FineChannel(NamedTuple):
 
 # -------------------------------------------------------------------------------------------------------- questions
 FIRST = NextSum(question=CoarseHistograms())
-"""What is added up first for a fingerprint,"""
+"""The first sum of a fingerprint,"""
 FIRST_RESAMPLED = NextSum(
     question=DigitCounts(level=0, branches=geometry_quantiles.roots(geometry_quantiles.OF_RESAMPLED_SHAPES))
 )
-"""and for the median shape at a target spacing."""
+"""and of the median shape at a target spacing."""
 
 
 def num_words(question: Question, *, num_channels: int, num_cases: int) -> int:
@@ -116,16 +116,16 @@ def digits_vector(quantities: Sequence[np.ndarray], question: DigitCounts) -> np
 def next_sum(
     asked: NextSum, total: np.ndarray, *, num_channels: int, num_cases: int, geometry: Geometry
 ) -> NextSum | PooledFingerprint:
-    """Return what follows from a sum.
+    """Return the next sum to ask for, or the pooled fingerprint.
 
     Args:
-        asked: What was asked for, and what was known before.
+        asked: The sum that was asked for, with the intensities known before.
         total: uint64, the sum of the sites' vectors.
         num_cases: Of all sites.
-        geometry: How it is told.
+        geometry: Whether cases are listed, or described by order statistics.
 
     Raises:
-        StatisticsError: The sites' vectors cannot be what they should be.
+        StatisticsError: The sum is not one of valid vectors, or no case has foreground.
     """
     question = asked.question
     if isinstance(question, CoarseHistograms):
@@ -142,7 +142,7 @@ def next_sum(
 
 
 def next_resampled(asked: NextSum, total: np.ndarray, *, num_cases: int) -> NextSum | ResampledShape:
-    """Return what follows from a sum of resampled shapes; see `next_sum`."""
+    """Return the next sum for resampled shapes, or their median; see `next_sum`."""
     question = asked.question
     assert isinstance(question, DigitCounts)
     branches = _narrowed(question, total, geometry_quantiles.OF_RESAMPLED_SHAPES, num_cases)
@@ -220,5 +220,8 @@ def _parts(vector: np.ndarray, sizes: Sequence[int]) -> Iterator[np.ndarray]:
 
 
 def _histogram(counts: np.ndarray) -> np.ndarray:
-    """Return a sum as a histogram. What is too large for int64 is negative there, and is refused."""
+    """Return a sum as a histogram.
+
+    Counts too large for int64 are negative there, and are refused.
+    """
     return pool_histograms([counts.astype(np.int64)])

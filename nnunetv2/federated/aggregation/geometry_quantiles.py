@@ -1,8 +1,8 @@
-"""Describe the geometry of all cases by the order statistics that planners need.
+"""Describe the geometry of all cases by the planners' order statistics.
 
 First per axis the 10th and 50th percentile of the spacings and the median of the shapes, and the median relative size;
 then, at the target spacing that follows from these, the median of the resampled shapes. `order_statistics` finds the
-values; here is which, and what is written of them.
+values; this module chooses them and writes them into the fingerprint.
 """
 
 from __future__ import annotations
@@ -60,13 +60,13 @@ def count_all(quantities: Sequence[np.ndarray], prefixes: Sequence[Sequence[int]
 def narrow_all(
     branches: Branches, histograms: Sequence[np.ndarray], percentiles: Sequence[Sequence[float]], count: int
 ) -> tuple[tuple[Branch, ...], ...]:
-    """Return the branches of each quantity that are to be looked into next.
+    """Return the branches of each quantity to look into next.
 
     Args:
         count: Cases of all sites.
 
     Raises:
-        StatisticsError: The histograms do not count so many cases, or contradict what was counted before.
+        StatisticsError: The histograms do not count so many cases, or contradict earlier counts.
     """
     return tuple(
         narrow(of_quantity, histogram, ranks_of(count, wanted))

@@ -33,13 +33,13 @@ _MOST_IN_CHUNK = 1 << 30
 
 
 def steps_of(coarse: np.ndarray) -> Steps:
-    """Choose the finest steps in which all values have at most `BITS` bits.
+    """Choose the finest steps that fit all values into `BITS` bits.
 
     Args:
         coarse: int64 (65536,), not empty.
 
     Raises:
-        StatisticsError: It counts what are no numbers.
+        StatisticsError: It counts NaN or infinite values.
     """
     cumulative = np.cumsum(coarse)
     middle = int(np.searchsorted(cumulative, (cumulative[-1] - 1) // 2, side="right"))

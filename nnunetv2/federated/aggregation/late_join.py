@@ -1,8 +1,7 @@
 """Let a site join a run that has begun.
 
-It shares, of what the others share already, whatever its own network has too.
-
-What is shared was decided when the run began, so nothing changes for the other sites but the sum of the weights.
+It shares those of the run's shared tensors that its own network has too. The shared tensors were fixed when the run
+began, so nothing changes for the other sites but the sum of the weights.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ def admit(site: str, registration: Registration, match: Match, registered: Mappi
     """Return the match of a run with one more site.
 
     Args:
-        match: What the sites of the run share so far.
-        registered: What these sites registered; datasets and plans have been compared already.
+        match: The match of the sites so far.
+        registered: Their registrations; datasets and plans have been compared already.
 
     Raises:
-        RefusedError: The newcomer shares suspiciously little of what the run shares.
+        RefusedError: The newcomer shares suspiciously few of its parameters with the run.
     """
     names, received = shared_names(site, registration, match, registered)
     entries = {entry.name: entry for entry in registration.tensors}
@@ -63,13 +62,13 @@ def shared_names(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Match the newcomer's tensors with those of the run.
 
-    Returns canonical name -> its own name, of what it shares, and of what it receives only.
+    Returns canonical name -> its own name, of the tensors that it shares, and of those that it only receives.
     """
     manifests = {name: message.tensors for name, message in registered.items()} | {site: registration.tensors}
     found = matching.match_by(match.rule, manifests)
 
     def names_in(own: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-        # Its partners tell what a tensor is: canonical names depend on who takes part.
+        # Its partners identify a tensor: canonical names depend on the sites that take part.
         own_name_of = {
             (partner, local): own[name][site]
             for name, sites in found.shared.items()
@@ -105,6 +104,6 @@ def with_site(match: Match, admitted: Match, site: str) -> Match:
 
 
 def _with_received(match: Match, admitted: Match, site: str) -> dict[str, dict[str, str]]:
-    """Return what sites receive only, with one more of them."""
+    """Return the tensors that sites only receive, with one more site."""
     names = {name: sites[site] for name, sites in admitted.received.items() if site in sites}
     return _with_names({name: match.received.get(name, {}) for name in (*match.received, *names)}, names, site)

@@ -48,13 +48,13 @@ _DTYPES = {
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 SHAREABLE = frozenset({"F32", "F16"})
 _SUFFIX = "#"
-"""Between the common name of a tensor and what tells several groups of sites apart."""
+"""Between the common name of a tensor and the label of its group of sites."""
 _DECODER = re.compile(r"((?:.*\.)?decoder\.(?:stages|transpconvs|seg_layers)\.)([0-9]+)(\..+)")
 
 
 # -------------------------------------------------------------------------------------------------- one site's tensors
 def normalise_name(name: str) -> str:
-    """Return a parameter's name without what DDP and torch.compile put into it."""
+    """Return a parameter's name without the parts added by DDP and torch.compile."""
     segments = name.removeprefix("module.").split(".")
     return ".".join(segment for segment in segments if segment != "_orig_mod")
 
@@ -120,7 +120,7 @@ class Matching:
     coverage: dict[str, tuple[int, int]]
     """Site -> (parameters it shares, parameters it has)."""
     received: dict[str, dict[str, str]] = field(default_factory=dict)
-    """The same as `shared`, of sites that receive what others share."""
+    """The same as `shared`, of sites that only receive these tensors."""
 
 
 def match_tensors(manifests: Mapping[str, Manifest], *, rule: Rule, min_sites: int = 2) -> Matching:
@@ -269,7 +269,7 @@ def _signature(tensors: Mapping[str, TensorEntry]) -> tuple[tuple[object, ...], 
 def _suffix(
     groups: Sequence[Sequence[str]], sites: Sequence[str], layer: Mapping[str, Mapping[str, TensorEntry]]
 ) -> str:
-    """Return what tells the tensors of several groups apart: the shape of the layer's largest tensor."""
+    """Return a group's suffix: the shape of the layer's largest tensor."""
     if len(groups) == 1:
         return ""
     labels = [
@@ -295,10 +295,10 @@ def _coverage(
 
 # ------------------------------------------------------------------------------------------------------------ causes
 def _too_few(site: str, with_fewer: Matching, min_sites: int) -> str:
-    """Say that a site shares little because too few others have its layers; nothing, where that is not the cause.
+    """Explain that too few sites have a site's layers; else return nothing.
 
     Args:
-        with_fewer: What two sites would be enough for.
+        with_fewer: The matching with two sites as the minimum.
     """
     shared, total = with_fewer.coverage[site]
     if shared == 0 or shared < MIN_COVERAGE * total:
@@ -310,7 +310,7 @@ def _too_few(site: str, with_fewer: Matching, min_sites: int) -> str:
 
 
 def _likely_cause(site: str, manifests: Mapping[str, Manifest], rule: Rule) -> str:
-    """Say in a sentence or two why a site shares so little, and what to do."""
+    """Return the likely cause of a small share, and the remedy."""
     own = _shapes(manifests[site])
     others = {other: _shapes(manifest) for other, manifest in sorted(manifests.items()) if other != site}
     nearest = max(others, key=lambda other: len(own.keys() & others[other].keys()))

@@ -27,7 +27,7 @@ _DIGITS = np.uint64(NUM_BINS - 1)
 
 
 ROOT = (Branch(prefix=0, below=0),)
-"""What is looked into first: all values."""
+"""The root of the search: all values."""
 
 
 def count_digits(values: np.ndarray, prefixes: Sequence[int], level: int) -> np.ndarray:
@@ -55,11 +55,11 @@ def count_digits(values: np.ndarray, prefixes: Sequence[int], level: int) -> np.
 
 
 def narrow(branches: Sequence[Branch], histograms: np.ndarray, ranks: Iterable[int]) -> tuple[Branch, ...]:
-    """Return the branches, longer by 16 bits, that hold the wanted ranks, ascending.
+    """Return the branches of the wanted ranks, 16 bits longer, ascending.
 
     Args:
-        branches: That were looked into.
-        histograms: uint64 (branches, 65536), what all sites count there together.
+        branches: The branches that were counted.
+        histograms: uint64 (branches, 65536), the counts of all sites together.
 
     Raises:
         StatisticsError: The histograms hold no such rank.

@@ -13,8 +13,8 @@ sites need stay exact, for only between that number and the last value that move
 
 Every site sees in the bins that are asked for whether one lies in an end of its own. Where that is so (sites whose
 intensities hardly overlap), it moves a tenth as many values, and so on, and sends that histogram before it is looked
-into. If other bins follow from it, they are asked for in turn. So the outermost values are told only where they are
-what the federation computes, and no more of them than that takes.
+into. If other bins follow from it, they are asked for in turn. So the outermost values are told only where the
+federation computes them, and no more of them than that takes.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from nnunetv2.federated.errors import StatisticsError
 HIDDEN_SHARE = 10_000
 """One value of so many is counted elsewhere, at either end."""
 LEAST_HIDDEN = 10
-"""Of few values, at least so many, if that leaves the percentiles of the site itself what they are."""
+"""Of few values, at least so many, if that leaves the site's own percentiles unchanged."""
 PERCENTILE_SHARE = 400
-"""One value of so many is half of what lies beyond the outer percentiles: no more are hidden."""
+"""One value of so many is half of those beyond an outer percentile: no more are hidden."""
 FEWER = 10
 """By how much fewer are hidden, step by step, where a wanted bin lies at an end."""
 MOST_LOOKS = 20
@@ -87,7 +87,7 @@ class Channel:
     def showing(self, bins: Sequence[int]) -> Channel:
         """Return the channel with fewer values hidden.
 
-        So few that no rank inside these bins is another one for it.
+        Few enough to change no rank inside these bins.
         """
         channel = self
         while channel.lowest and any(
@@ -104,10 +104,10 @@ class Channel:
         return channel
 
     def check_wanted_bins(self, bins: Sequence[int], others: int) -> None:
-        """Raise StatisticsError if bins are asked for that can hold no wanted rank.
+        """Raise StatisticsError if a bin asked for can hold no wanted rank.
 
         Args:
-            bins: What the coordinator wants to look into.
+            bins: Those that the coordinator wants to look into.
             others: How many values the other sites may have together.
         """
         cumulative = np.cumsum(self.whole)

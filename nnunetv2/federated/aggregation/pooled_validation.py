@@ -1,8 +1,8 @@
-"""Pool what the sites found when they validated an aggregate, and choose the best one.
+"""Pool the sites' validations of an aggregate, and choose the best aggregate.
 
 Voxels are summed over the sites before the Dice is computed, as one centre would, so a site with little data weighs
-little. The score is nnU-Net's pseudo Dice: a moving average with factor 0.9 over the rounds that were validated. What
-fewer sites than the federation asks for have found is not pooled: it would tell the others of a single one.
+little. The score is nnU-Net's pseudo Dice: a moving average with factor 0.9 over the rounds that were validated. Counts
+of fewer sites than the federation asks for are not pooled: they would tell the others of a single one.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ def pool(
 ) -> PooledValidation:
     """Return the pooled validation of round `number`, given the one before.
 
-    With fewer than `min_sites` contributions, nothing is known of the round, and what was best stays so. The same holds
-    for a class that fewer sites annotate.
+    With fewer than `min_sites` contributions, the best round stays, and this one has no Dice. Nor has a class that
+    fewer sites annotate.
 
     Args:
         annotated: Site -> the foreground labels that it annotates; empty where all annotate the same. The voxels that a
@@ -73,7 +73,7 @@ def dice_per_class(tp: Sequence[float], fp: Sequence[float], fn: Sequence[float]
 
 
 def mean_of_known(values: Sequence[float | None]) -> float | None:
-    """Return the mean of what is known, or None."""
+    """Return the mean of the known values, or None."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

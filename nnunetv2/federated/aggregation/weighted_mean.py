@@ -5,7 +5,7 @@ The aggregate is the same to the bit whatever the order of arrival.
 Tensors are read block by block from documents on the disk and written as soon as they are summed, so memory holds a
 few tensors of the result however many sites there are. Sums are float64, in the order of the sites' names. How far each
 site has moved from the aggregate before is measured in the same pass. Of updates in half precision, the aggregate is
-float32 all the same; what rounding took from the one before when it was handed out is added (`codecs/float16.py`).
+float32 all the same; the rounding errors of the one before, as handed out, are added (`codecs/float16.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _THREADS = min(4, os.cpu_count() or 1)
 _DOT = 1 << 13
 """Elements of a scalar product that the linear algebra library does not share out to threads."""
 _BLOCK = 1 << 15
-"""Elements summed at a time: the running sum and what is added to it stay in the processor's cache."""
+"""Elements summed at a time: the running sum and its summand stay in the processor's cache."""
 OUTLIER_FACTOR = 3.0
 """An update is conspicuous if it moves more than so many times as far as the others do in the median."""
 
@@ -68,9 +68,9 @@ class Aggregated:
 
 
 class Handout(Protocol):
-    """The aggregate before, as sites have got it.
+    """The aggregate before, in the form that sites received.
 
-    Where that is not as it is kept.
+    Needed where that is not the form that is kept.
     """
 
     def kept(self, specs: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -82,9 +82,9 @@ class Handout(Protocol):
         ...
 
     def add_rest_(self, document: Document[Any], name: str, begin: int, block: np.ndarray) -> None:
-        """Add to a block, in place, what sites have not got of a tensor.
+        """Add a tensor's rounding errors in the handout to a block.
 
-        The block begins with element `begin`.
+        In place; the block begins with element `begin`.
         """
         ...
 
@@ -105,7 +105,7 @@ def aggregate_documents(
         documents: Site -> its update, already checked (`document.check_tensors`).
         weights: Site -> how much it counts; only ratios matter, and only between the sites that have a tensor.
         out_path: Where the aggregate appears once it is complete.
-        message: What the aggregate says.
+        message: The message of the aggregate.
         previous: The aggregate before, with which updates are compared. Tensors that no document has keep its values;
             without it they are missing.
         handout: How `previous` has reached the sites; None: as it is.
@@ -258,7 +258,7 @@ class _Comparison:
         self._sizes: dict[str, dict[str, int]] = {site: {} for site in sites}
 
     def observer(self, name: str, sites: Sequence[str]) -> Callable[[int, int, np.ndarray], None]:
-        """Return what `_mean` shows the blocks of tensor `name` to."""
+        """Return the observer of the blocks of tensor `name`, for `_mean`."""
         previous, handout = self._previous, self._handout
         assert previous is not None
         spec = previous.specs[name]
@@ -272,7 +272,7 @@ class _Comparison:
             block = slice(0, values.size)
             if index == 0:
                 previous.read_into(name, begin, raw[block])
-                # What the sites began with.
+                # The values that the sites began with.
                 np.copyto(before[block], raw[block] if handout is None else handout.handed_out(raw[block]))
             np.subtract(values, before[block], out=difference[block])
             self._squares[sites[index]][name] += _sum_of_squares(difference[block])
@@ -280,7 +280,7 @@ class _Comparison:
         return observe
 
     def changes(self) -> dict[str, Change]:
-        """Return what has been found, the same whatever the order of the tensors."""
+        """Return each site's change, independent of the order of the tensors."""
         if self._previous is None:
             return {}
         return {
@@ -347,7 +347,7 @@ def write_computed(
 def _computed_ahead(
     pool: ThreadPoolExecutor, compute: Callable[[str], np.ndarray], names: Iterable[str]
 ) -> Iterator[np.ndarray]:
-    """Yield what `compute` returns, in order, while the threads work on the next few."""
+    """Yield computed tensors in order, while threads work on the next few."""
     running: deque[Future[np.ndarray]] = deque()
     try:
         for name in names:

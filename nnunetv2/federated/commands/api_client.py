@@ -82,7 +82,7 @@ def ask(
     """
     from nnunetv2.federated.site.transports.answers import ForeignAnswerError, decode_answer, describe_foreign
 
-    # What was not given on the command line is not sent: it stays as it is.
+    # Fields that were not given on the command line are not sent: they stay as they are.
     data = None if body is None else body.model_dump_json(exclude_unset=True).encode()
     request = urllib.request.Request(
         f"{credential.url}/v1/{path}",
@@ -113,9 +113,10 @@ def ask(
 
 
 def trusted_by(credential: SiteCredential) -> ssl.SSLContext:
-    """Return what a credential trusts: its authority, else REQUESTS_CA_BUNDLE, else the system's.
+    """Return a TLS context with the authorities that a credential trusts.
 
-    As with `requests`, REQUESTS_CA_BUNDLE names a file or a folder.
+    Those are its own, else REQUESTS_CA_BUNDLE, else the system's. As with `requests`, REQUESTS_CA_BUNDLE names a file
+    or a folder.
 
     Raises:
         FederationError: The authorities, or the certificate that is to be shown, cannot be used.

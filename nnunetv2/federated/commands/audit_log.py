@@ -1,7 +1,7 @@
 """Show and verify the audit log of a folder, served or not.
 
     nnUNetv2_fed_admin --folder F log [--since 2d] [--json]      who did what, when
-    nnUNetv2_fed_admin --folder F verify-log [--head HASH]       is the log what it was when HASH was noted?
+    nnUNetv2_fed_admin --folder F verify-log [--head HASH]       is the log unbroken, with HASH in it?
 
 The database is opened for reading only: looking at a log changes nothing, not even in a folder that was restored.
 """
@@ -133,7 +133,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     verify.set_defaults(function_of_folder=verify_log)
 
 
-# ------------------------------------------------------------------------------------------------ what a line says
+# ------------------------------------------------------------------------------------------------------- text of a line
 def describe(kind: str, key: str | None, detail: Mapping[str, Any]) -> str:
     """Describe a line of the log in a few printable words."""
     return printable(_describe(kind, key, detail))

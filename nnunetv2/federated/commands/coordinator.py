@@ -152,7 +152,7 @@ def log(line: str) -> None:
 
 
 def print_invitations(coordinator: Coordinator, endpoint: Endpoint) -> None:
-    """Print what every member that has not joined has to type."""
+    """Print the join command of every member that has not joined."""
     members, federation = coordinator.members, coordinator.settings.federation
     invitations = members.open_invitations(time.time())
     with suppress(OSError):

@@ -33,7 +33,7 @@ def allow(arguments: argparse.Namespace) -> None:
 
 
 def prepare_server(arguments: argparse.Namespace) -> None:
-    """Write what the operator of the server has decided into its startup kit."""
+    """Write the decisions of the server's operator into its startup kit."""
     from nnunetv2.federated.engine.plan import SERVER_FILE, ServerFile
 
     folder = arguments.folder.expanduser().resolve()
@@ -46,7 +46,7 @@ def prepare_server(arguments: argparse.Namespace) -> None:
 
 
 def prepare_site(arguments: argparse.Namespace) -> None:
-    """Write what a site lets jobs do into its startup kit."""
+    """Write a site's permissions for jobs into its startup kit."""
     from nnunetv2.federated.engine.plan import SITE_FILE, SiteFile
     from nnunetv2.federated.protocol.strict_json import validated
     from nnunetv2.utilities.command_line import find_command

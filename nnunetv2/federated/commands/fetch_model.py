@@ -1,6 +1,6 @@
 """Fetch the model of a finished run as a zip file; install it on request.
 
-Sites and operators may. What is in the file is data: it is checked before anything of it is installed.
+For sites and operators. The content of the file is data: it is checked before anything of it is installed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def fetch(transport: HttpTransport, run: str, target: Path) -> Path:
 
     Raises:
         RefusedError: The run goes on, or the coordinator keeps no model of it.
-        UnsafeArchiveError: The file is not what a model export looks like; there is none then.
+        UnsafeArchiveError: The file does not look like a model export; it is removed.
         ValueError: Runs are not called so.
         WireError: The file is no zip file, or larger than nnUNet_max_model_gb or the disk allows.
     """
@@ -38,7 +38,7 @@ def fetch(transport: HttpTransport, run: str, target: Path) -> Path:
     from nnunetv2.model_sharing.archive_check import ArchiveLimits
     from nnunetv2.utilities.atomic_write import replacing
 
-    RegistrationKey(run)  # raises for what is no name; from here on, it is safe as that of a file
+    RegistrationKey(run)  # raises for an invalid name; a valid one is safe as that of a file
     path = target if target.suffix == ".zip" else target / f"{run}.zip"
     path.parent.mkdir(parents=True, exist_ok=True)
     limits = ArchiveLimits.from_environment()
@@ -308,7 +308,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except FederationError as error:
             show(f"It cannot be installed here: {error}")
             return 0
-        # What the zip file calls the dataset may be called otherwise here.
+        # The dataset may have another name here than in the zip file.
         command = (
             shell_command("nnUNetv2_install_pretrained_model_from_zip", path)
             if dataset == checkpoints_in(path)[0].parts[0]

@@ -40,8 +40,8 @@ def describe(
     """Yield the lines that people read, all of them printable.
 
     Args:
-        outlooks: What will become of the averages of the runs; None where the coordinator does not say.
-        privacy: What sites have declared of the privacy of their trainings; None likewise.
+        outlooks: The outlooks of the runs' averages; None where the coordinator does not say.
+        privacy: The privacy that sites have declared for their trainings; None likewise.
     """
     yield from map(printable, _describe(status, url=url, outlooks=outlooks, privacy=privacy))
 
@@ -203,7 +203,7 @@ def _ask_for_outlooks(credential: SiteCredential) -> Outlooks | None:
 
 
 def _ask_for_privacy(credential: SiteCredential) -> DeclaredPrivacy | None:
-    """Ask what sites have declared of their privacy; None from an old coordinator."""
+    """Ask for the sites' declared privacy; None from an old coordinator."""
     from nnunetv2.federated.protocol.api import DeclaredPrivacy
 
     return _ask_if_known(credential, "privacy", DeclaredPrivacy)

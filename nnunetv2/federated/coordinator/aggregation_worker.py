@@ -55,7 +55,7 @@ class AggregationWorker:
         self.seconds_closing = 0.0
         """Time that this took altogether."""
         self._remarks: tuple[str, ...] = ()
-        """What is to be logged of the exchange that was closed last."""
+        """Further lines for the log about the exchange that was closed last."""
         self._lacking: set[str] = set()
         """Exchanges of which it has been logged that too few sites take part."""
         self._untidy: dict[str, float] = {}
@@ -64,7 +64,7 @@ class AggregationWorker:
         self._thread = threading.Thread(target=self._run, name="aggregation", daemon=True)
 
     def start(self) -> None:
-        """Finish what a crash may have left undone, and begin to close exchanges."""
+        """Finish tidying that a crash cut short, and begin to close exchanges."""
         for run in self._state.registry.runs():
             self.tidy_up(run, after_crash=True)
         self._thread.start()
@@ -89,7 +89,7 @@ class AggregationWorker:
                     pause_s = self._seconds_until_next()
                 if self._stopping:
                     return
-            for line in lines:  # not while holding what every change waits for
+            for line in lines:  # not while holding the condition that every change waits for
                 self._state.log(line)
             for exchange in self._ready():
                 self._close(exchange.key)
@@ -97,7 +97,7 @@ class AggregationWorker:
                 self.tidy_up(run, after_crash=True)
 
     def _ready(self) -> list[Exchange]:
-        """List what can be closed now, but for what has just failed."""
+        """List the exchanges that can be closed now, except recent failures."""
         now, obstacles = self._state.clock(), self._state.obstacles.copy()
         return [
             exchange
@@ -202,7 +202,7 @@ class AggregationWorker:
 
     # ------------------------------------------------------------------------------------------------------ afterwards
     def _count_and_log(self, exchange: Exchange, seconds: float) -> None:
-        """Log an outcome, and tidy up what it leaves behind."""
+        """Log an outcome, then tidy up its run."""
         key = exchange.key
         self.num_closings, self.seconds_closing = self.num_closings + 1, self.seconds_closing + seconds
         try:
@@ -225,7 +225,7 @@ class AggregationWorker:
                 self._state.log(f"run {run}: {line}")
 
     def _forget_masked(self, run: str, number: int, *, results: bool) -> None:
-        """Delete what was masked for a round that is closed, and for validations that are."""
+        """Delete the masked documents of a closed round and its closed validation."""
         registry, store = self._state.registry, self._state.store
         keys: list[Key] = [UploadKey(run, number), SurvivorsKey(run, number)]
         if registry.is_closed(ValidationKey(run, number)):
@@ -237,9 +237,9 @@ class AggregationWorker:
                     store.delete_results(key)
 
     def tidy_up(self, run: str, *, after_crash: bool = False) -> None:
-        """Write the models of a run that is over, and delete superseded documents.
+        """Write the models of a finished run, and delete superseded documents.
 
-        What the machine does not let happen now is tried again later.
+        If this fails, it is tried again later.
 
         Args:
             after_crash: Look for documents of all rounds, not of the last few only.

@@ -28,7 +28,7 @@ DAY_S = 86_400.0
 
 
 async def remove_old_uploads_daily(coordinator: Coordinator) -> None:
-    """Remove what nobody goes on with, every day after the start, which does so too."""
+    """Remove old uploads once a day; the start removes them too."""
     while True:
         await asyncio.sleep(DAY_S)
         try:

@@ -63,11 +63,11 @@ def settle(
     It is created if there is none.
 
     Args:
-        given: What was asked for now, by the names in FederationSettings.
-        found: Makes the settings of a new federation from what was given.
+        given: The settings given at this start, by their names in FederationSettings.
+        found: Makes the settings of a new federation from the given ones.
 
     Raises:
-        FederationError: What was given contradicts the federation that there is.
+        FederationError: The given settings contradict the existing federation.
     """
     settings = store.load_settings()
     given = with_geometry(given, None if settings is None else settings.secure)
@@ -151,11 +151,11 @@ def check_settings(settings: FederationSettings) -> None:
 def check_unchanged(
     stored: FederationSettings, first: FederationSettings, given: dict[str, object], folder: Path
 ) -> None:
-    """Raise FederationError, naming the difference, if the command line contradicts an existing federation.
+    """Raise FederationError, naming the difference, if options contradict an existing federation.
 
     Args:
-        first: The settings that it was created with. A service repeats them at each start; what an operator has
-            changed since then stays.
+        first: The settings that it was created with. A service repeats them at each start; later
+            changes by an operator stay.
     """
     options = {name: option for option, name in SETTINGS_OF_OPTIONS.items()}
     for name, value in given.items():

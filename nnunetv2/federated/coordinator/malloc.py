@@ -9,10 +9,10 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 
 
 def return_what_is_freed() -> bool:
-    """Tune glibc malloc to return freed memory at once; return whether it does.
+    """Make glibc malloc return freed memory at once; return whether it does.
 
     By default it keeps a store of its own for every thread and, once blocks of a few hundred KiB have come and gone,
-    keeps those too. What is sent goes in blocks of 256 KiB: those stay in the store, as asking the system for each
+    keeps those too. Downloads are sent in blocks of 256 KiB: those stay in the store, as asking the system for each
     would double the coordinator's work.
     """
     if not sys.platform.startswith("linux"):

@@ -8,7 +8,7 @@ An invitation is good for one member, once, until it expires. A member that is i
 it joins with the new invitation; then only the new token counts.
 
 Where sites aggregate securely, each brings the public part of its identity when it joins. The coordinator hands these
-out and remembers them, also of those that were revoked; that they are right is what the sites check among themselves.
+out and remembers them, also of those that were revoked; the sites check among themselves that they are right.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Member:
 def require_role(member: Member, *roles: Role) -> str:
     """Return the name of a member.
 
-    Raises RefusedError if its role does not allow what it asks.
+    Raises RefusedError if its role does not allow the request.
     """
     if member.role not in roles:
         raise RefusedError(
@@ -434,9 +434,7 @@ class Members:
     def role_of_invited(self, name: str, invitation: str) -> Role | None:
         """Return the role that the secret of an invitation gives.
 
-        None if it is not the member's.
-
-        Whether the invitation is still good is what `join` says.
+        None if it is not the member's. `join` checks whether the invitation is still good.
         """
         record = self._state.invitation_records.get(hash_secret(invitation))
         return self.role_of(name) if record is not None and record.member == name else None
@@ -470,7 +468,7 @@ class Members:
                     del self._traffic[next(iter(self._traffic))]
 
     def save_traffic(self) -> None:
-        """Write what has been counted since the last time."""
+        """Write the traffic that was counted since the last time."""
         with self._lock:
             counted, self._unsaved_traffic = self._unsaved_traffic, defaultdict(Traffic)
         try:

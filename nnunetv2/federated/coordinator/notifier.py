@@ -13,7 +13,7 @@ PROGRESS_PER_S = 50.0
 ANYTHING = "*"
 """Key of those who wait for any change."""
 NEWS = ""
-"""Key of what is news for people, and belongs to no exchange."""
+"""Key of news for people that belong to no exchange."""
 
 
 class Notifier:

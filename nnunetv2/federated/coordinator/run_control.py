@@ -1,7 +1,7 @@
-"""Change the course of a run: pause, stop, reset, failures, sites that leave.
+"""Change the course of a run: pause, stop, reset, failures, departures.
 
 pause    contributions are taken, no round is closed      resume   rounds are closed again
-stop     the run is over with its last closed round       proceed  close an exchange with what there is
+stop     the run is over with its last closed round       proceed  close an exchange with the contributions so far
 reset    forget a run in which no round has been closed
 abandon  close the open round with the average before, where updates are masked and too few sites can unmask them
 leave    rounds do not wait for the site any more         return   they do again
@@ -199,14 +199,14 @@ def _abandon(state: FederationState, run: str, name: str) -> None:
 
 @contextmanager
 def _between_closings(state: FederationState, run: str) -> Iterator[None]:
-    """Hold a run: nothing of it is closed or contributed until the block ends.
+    """Hold a run: no closing and no contribution until the block ends.
 
-    What is being closed is closed first. So the last aggregate of a run that was stopped stays the last, and of one
-    that was reset nothing is written any more.
+    A closing in progress is finished first. So the last aggregate of a run that was stopped stays the last, and nothing
+    more is written of a run that was reset.
     """
     while True:
         begun = state.registry.run_state(run).rounds_closed
-        # The round that is open, begun or not, and what there may be before the first one.
+        # The open round, begun or not, and the exchanges that may precede the first one.
         keys: set[str] = {*keys_that_stop_with(run, begun)}
         keys |= {AdmissionKey(run, site) for site in state.settings.sites}
         with ExitStack() as held:

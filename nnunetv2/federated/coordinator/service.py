@@ -1,7 +1,7 @@
-"""Serve the requests of sites and operators: contributions, results, members, settings. Knows nothing of HTTP.
+"""Serve the requests of sites and operators: contributions, results, members, settings.
 
-Requests come in on many threads. What they change is in `state.py`; one more thread, the aggregation worker, computes
-the results, one exchange at a time, so that memory stays small.
+Nothing here knows of HTTP. Requests come in on many threads. The state that they change is in `state.py`; one more
+thread, the aggregation worker, computes the results, one exchange at a time, so that memory stays small.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Coordinator:
 
     # ------------------------------------------------------------------------------------------- start and stop
     def start(self) -> None:
-        """Finish what a crash may have left undone, and begin to close exchanges."""
+        """Remove old uploads, finish interrupted tidying, and begin to close exchanges."""
         self.uploads.remove_old()
         self.worker.start()
 
@@ -246,13 +246,13 @@ class Coordinator:
         return None
 
     def contribute(self, key: str, site: str, incoming: Path, digest: str, size: int) -> api.Receipt:
-        """Take over a document that has been received completely; it is durable on return.
+        """Take over a completely received document; it is durable on return.
 
         Args:
-            incoming: The document, in the store's folder for uploads. The caller removes what is left of it.
+            incoming: The document, in the store's folder for uploads. The caller removes it if it is still there.
 
         Raises:
-            WireError: It is not what its exchange is about.
+            WireError: It is no valid document of its exchange.
             RefusedError: It comes too early, too late or from the wrong site.
         """
         sent_to = parse_key(key)
@@ -375,9 +375,9 @@ class Coordinator:
         return self._subset(key, names, whole=is_whole)
 
     def _had_result_before(self, key: Key, site: str, since: str | None) -> bool:
-        """Tell whether what a site has received before is what the changes in this result lead on from.
+        """Tell whether the changes of a result fit the site's previous result.
 
-        It is not if this coordinator was restored from a backup, and has closed the round before anew.
+        They do not if this coordinator was restored from a backup, and has closed the round before anew.
         """
         before = prerequisite(key)
         names = None if before is None else step_of(before).tensors_for(before, site, self.state.documents)
@@ -536,7 +536,10 @@ def _changed(settings: api.FederationSettings, change: api.SettingsChange) -> ap
 
 
 def _failure_status(event: Event) -> api.FailureStatus:
-    """Return what a line of the log says; before 2.8.1+fed.4, its texts could be longer than a status holds."""
+    """Return a failure in the audit log for the status.
+
+    Before 2.8.1+fed.4, its texts could be longer than a status holds.
+    """
     run, reason = (excerpt(event.detail[name], LOGGED_CHARACTERS) for name in ("run", "reason"))
     return api.FailureStatus(
         site=str(event.site), time=event.time, run=run[:500], round=event.detail["round"], reason=reason
@@ -544,5 +547,8 @@ def _failure_status(event: Event) -> api.FailureStatus:
 
 
 def _subset_name(names: tuple[str, ...], *, whole: bool) -> str:
-    """Return under what name these tensors of a result are kept, or what they have changed by."""
+    """Return the name under which a subset of a result is kept.
+
+    The tensors themselves and their changes have different names.
+    """
     return hashlib.sha256("\n".join((*names, *(() if whole else ("changes of these",)))).encode()).hexdigest()

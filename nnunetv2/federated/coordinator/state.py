@@ -2,11 +2,11 @@
 
 It is changed on the disk, then in memory, then those who wait are notified.
 
-Every change of what is durable has one method here, which does all three. Notified are the aggregation worker, the
-sites that wait for an exchange, and people. What the disk refuses has not happened.
+Every change of the durable state has one method here, which does all three. Notified are the aggregation worker, the
+sites that wait for an exchange, and people. A change that the disk refuses has not happened.
 
-Requests come in on many threads. Each exchange and each run has a lock; whoever changes one holds it, and what is read
-is immutable.
+Requests come in on many threads. Each exchange and each run has a lock, held during each change; values that
+are read are immutable.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Locks:
         self._locks: dict[str, threading.RLock] = {}
 
     def __getitem__(self, name: str) -> threading.RLock:
-        # A defaultdict can make two for two threads that ask at once; what setdefault does cannot be interrupted.
+        # A defaultdict can make two for two threads that ask at once; setdefault is atomic.
         return self._locks.setdefault(name, threading.RLock())
 
 
@@ -156,9 +156,9 @@ class FederationState:
 
     @contextmanager
     def closing(self, key: Key) -> Iterator[None]:
-        """Notify who waits for an exchange when the block that closes it ends.
+        """Notify those who wait for an exchange when the block ends.
 
-        So whoever is notified finds what follows from an outcome, too: the model of a run after its last round.
+        The consequences of an outcome are there by then, such as the model of a run after its last round.
         """
         closing = (threading.get_ident(), str(key))
         self._closing.add(closing)
@@ -172,7 +172,7 @@ class FederationState:
         """Close an exchange, within `closing`, whose result has been written.
 
         Args:
-            record: What is to be remembered of a round or of a validation when its documents are gone.
+            record: The record of a round or of a validation, which outlasts its documents.
         """
         assert self._is_closing(exchange.key), "close an exchange within `closing`, which notifies"
         self.store.save_closing(exchange, digest, record=record)

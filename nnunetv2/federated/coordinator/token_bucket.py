@@ -27,7 +27,7 @@ class TokenBucket:
             return max(0.0, self._left_to_pay(who, now) + 1 - self.at_once) / self.per_s
 
     def spend(self, who: Hashable, now: float, cost: float = 1.0) -> None:
-        """Count what somebody has spent."""
+        """Count a cost as spent by somebody."""
         with self._lock:
             spent = self._left_to_pay(who, now) + cost
             self._spent.pop(who, None)  # the order of the dictionary is that of the last spending

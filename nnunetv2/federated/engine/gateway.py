@@ -36,8 +36,8 @@ class Gateway:
         channel: The way to the coordinator.
         site: Who the site is, as the engine knows it.
         through: Name of the engine's network and the federation; see `SiteCredential.through`.
-        credential: The file that is written for the commands of this site, and removed at the end. What belongs to it,
-            such as the site's identity, lies beside it and stays.
+        credential: The file that is written for the commands of this site, and removed at the end. Files that belong
+            to it, such as the site's identity, lie beside it and stay.
         folder: For documents under way; gone after `stop`.
     """
 
@@ -102,7 +102,7 @@ class Gateway:
         if self._listener is not None:
             self._listener.close()
         self.remote.close()
-        shutil.rmtree(self._folder, ignore_errors=True)  # what was under way is with the coordinator, or comes again
+        shutil.rmtree(self._folder, ignore_errors=True)  # documents under way are with the coordinator, or come again
 
 
 def build_gateway_app(remote: RemoteCoordinator) -> Starlette:

@@ -1,7 +1,7 @@
 """Describe the wishes of a job, and the permissions of server and sites.
 
     local/nnunet_server.json   at the server: where federations are kept
-    local/nnunet_site.json     at a site: its dataset, its folders and what a job may have it do
+    local/nnunet_site.json     at a site: its dataset, its folders and its permissions for jobs
     in a job                   a federation, its settings, and the steps that the sites take
 
 A job names no path, no command and no dataset; unknown keys are refused before anything starts.
@@ -75,7 +75,7 @@ class ServerFile(Part):
 
 
 class SiteFile(Part):
-    """The permissions of a site for jobs, and what they work with."""
+    """The permissions of a site for jobs, with its dataset and folders."""
 
     version: Literal[1] = 1
     folder: AbsolutePath
@@ -192,7 +192,7 @@ def check_given(task: CoordinatorTask) -> None:
 
 
 def check_allowed(task: SiteTask, site: SiteFile, file: Path) -> None:
-    """Raise FederationError if a site does not let a job do what it asks for."""
+    """Raise FederationError unless a site allows the task of a job."""
     for what, wanted, allowed in (
         *(("step", step, site.steps) for step in task.steps),
         ("configuration", task.configuration, site.configurations),

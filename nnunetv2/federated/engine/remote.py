@@ -4,8 +4,8 @@ Small questions are asked until they are answered, for ten seconds: then the eng
 and the site's command asks again, for a day if need be. Documents are on this machine before they travel and before
 they are handed out; a transfer goes on while nobody waits for it, and after a break at its last piece.
 
-The coordinator is not trusted with this machine's disk: what it announces is fetched only if it is as small as what was
-asked for can be, one file for each thing that was asked for, and of files that nobody fetches any more few stay.
+The coordinator is not trusted with this machine's disk: a file is fetched only if it is no larger than the requested
+result or model can be, one at a time for each of them, and few files stay that nobody fetches any more.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ PIECE_TIMEOUT_S = 60.0
 PAUSE_S = 0.25
 """First pause before a question is asked again; it doubles."""
 TRANSFER_WAIT_S = 20.0
-"""How long a request waits for a transfer. Below what is left of the minute that the client waits for an answer."""
+"""How long a request waits for a transfer. Below the rest of the minute that the client waits for an answer."""
 TRANSFERS = 4
 KEPT_RESULTS = 3
 """Files of results, whole or not, that stay here beside those that are being fetched: the latest ones."""
@@ -120,7 +120,7 @@ class RemoteCoordinator:
 
     @property
     def notifier(self) -> Notifier:
-        """Notified of what the coordinator has changed."""
+        """Notified of the coordinator's changes."""
         return self._notifier
 
     @property
@@ -147,7 +147,7 @@ class RemoteCoordinator:
     def count_traffic(self, member: str, key: str, *, received: int, sent: int) -> None:
         """Note that a command has asked.
 
-        What travels on this machine is no traffic; the coordinator counts its own.
+        Transfers on this machine are no traffic; the coordinator counts its own.
         """
         self.last_asked = time.monotonic()
 
@@ -307,7 +307,7 @@ class RemoteCoordinator:
         """Return a file of the coordinator, once it is here.
 
         Args:
-            what: It is, in words; of these, one file at a time is fetched.
+            what: Its name in words; one file of a name is fetched at a time.
             largest: Bytes that it may have.
 
         Raises:
@@ -329,7 +329,7 @@ class RemoteCoordinator:
         return fetched
 
     def _give_up_others(self, place: tuple[str, str]) -> None:
-        """End the transfers of what was announced for the same before. The caller holds the lock."""
+        """End transfers of the name's earlier files. The caller holds the lock."""
         for other in [one for one in self._given_up if one[0] == place[0] and one != place]:
             self._given_up.pop(other).set()
             self._partial_path(*other).unlink(missing_ok=True)
@@ -367,7 +367,7 @@ class RemoteCoordinator:
         return path
 
     def _read_pieces(self, place: tuple[str, str], file: Available, partial: Path, given_up: threading.Event) -> None:
-        with self._lock:  # else what is given up would leave a file behind
+        with self._lock:  # else a transfer that is given up would leave a file behind
             self._check_is_wanted(file, given_up)
             target = partial.open("ab")
         with target:
@@ -381,7 +381,7 @@ class RemoteCoordinator:
                 target.write(piece)
 
     def _forget(self, place: tuple[str, str], given_up: threading.Event) -> None:
-        """Remove what has come of a file, unless its place is another transfer's by now."""
+        """Remove a partial file, unless another transfer has its place by now."""
         with self._lock:
             if self._given_up.get(place) is given_up:
                 del self._given_up[place]
@@ -470,7 +470,7 @@ class RemoteCoordinator:
 
 
 class _UselessFileError(OSError):
-    """What has come of a file is not the beginning of what was announced."""
+    """The received bytes are not the beginning of the announced file."""
 
 
 def _given(value: Outcome | None) -> Outcome:

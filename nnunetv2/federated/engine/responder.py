@@ -1,7 +1,7 @@
 """Answer the gateways of the sites, in the process of the coordinator.
 
-Who asks is what the engine has proved. Transfers are the sites': they send and read pieces. What a whole document needs
-when it has arrived, checks and syncs, is done on threads of its own; meanwhile the site asks for its receipt.
+The engine has proved which site asks. The sites drive transfers: they send and read pieces. A document that has arrived
+is checked and synced on threads of its own; meanwhile the site asks for its receipt.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHANGING = (*REPORTING, "offer", "piece")
 
 
 class Responder:
-    """Answers what gateways ask. Safe for use by many threads.
+    """Answers the requests of gateways. Safe for use by many threads.
 
     Args:
         coordinator: Whose answers they are; the caller starts and stops it.
@@ -66,7 +66,7 @@ class Responder:
         """Site -> digest -> file that it may read."""
 
     def close(self) -> None:
-        """Finish what is being stored."""
+        """Wait until documents under way are stored."""
         self._pool.shutdown(wait=True)
 
     def answer(self, site: str, frame: bytes | bytearray | memoryview) -> bytes:
@@ -163,7 +163,7 @@ class Responder:
 
     # ---------------------------------------------------------------------------------------------------- documents
     def _offer(self, site: str, request: Request) -> Held:
-        """Return what there is of a document; once it is stored, its receipt."""
+        """Return the size of a document's held part, or its receipt."""
         digest = _digest_of(request)
         done = self._find_stored(site, request.name, digest)
         if done is not None:
@@ -210,7 +210,7 @@ class Responder:
                 del self._storing[other]
             if place not in self._storing:
                 future = self._storing[place] = self._pool.submit(self._store, site, request, digest, piece)
-                # Whether the site asks what has become of it or not.
+                # Whether the site asks for the outcome or not.
                 future.add_done_callback(lambda done: self._spend_lines(site, int(done.exception() is not None)))
 
     def _store(self, site: str, request: Request, digest: str, piece: bytes) -> api.Receipt:

@@ -48,13 +48,13 @@ class Difference:
 
 
 def first_difference(values: Mapping[str, Any], place: str) -> str | None:
-    """Say where the first difference between sites is, and which sites have what.
+    """Describe the first difference between sites: its place, values and sites.
 
     None if there is none.
 
     Args:
         values: Site -> JSON value.
-        place: What the values are, such as "labels".
+        place: Name of the values, such as "labels".
 
     Returns:
         For example "labels.liver is 1 at A, B and 2 at C". Names and values are printable, and cut where they are long.
@@ -98,10 +98,10 @@ def find_difference(values: Mapping[str, Any], place: str) -> Difference | None:
 
 
 def comparable_plans(plans: Mapping[str, Any], networks: Networks = "equal") -> dict[str, Any]:
-    """Return plans without what may differ between sites.
+    """Return plans without the fields that may differ between sites.
 
     Args:
-        networks: "equal": all train the same network; "own": only what the data decide is left.
+        networks: "equal": all train the same network; "own": only the fields that the data decide are left.
     """
     plans = without_extrema(plans)
     if networks == "own":
@@ -110,7 +110,7 @@ def comparable_plans(plans: Mapping[str, Any], networks: Networks = "equal") -> 
 
 
 def _groups(values: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return which sites hold which value, as JSON text."""
+    """Group the sites by the JSON text of their values."""
     groups = defaultdict(list)
     for site in sorted(values):
         value = values[site]

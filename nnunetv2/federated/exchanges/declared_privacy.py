@@ -11,7 +11,7 @@ from typing import Any
 from nnunetv2.federated.protocol.messages import PrivacyDeclaration
 
 Declared = Mapping[str, PrivacyDeclaration | None]
-"""Site -> what it has declared; None for a training without differential privacy."""
+"""Site -> its declaration; None for a training without differential privacy."""
 WHO = "declared by the sites"
 
 

@@ -1,7 +1,7 @@
-"""Bound documents by what their exchange is about, before any of their JSON is read.
+"""Bound the sizes of documents before any of their JSON is read.
 
-What a header may hold follows from facts that are known already: cases, channels, tensors. So nobody can make another
-one parse megabytes of nonsense, and what is too large is refused before it is sent.
+The limits of a header follow from facts that are known already: cases, channels, tensors. So nobody can make another
+one parse megabytes of nonsense, and a document that is too large is refused before it is sent.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ METRICS_BYTES = 128 << 10
 """The figures that come with an update, those of its own round and of an earlier one."""
 _METRICS_ELEMENTS = 10_000
 _TENSOR_BYTES = 400
-"""What a header says of one tensor beside its name,"""
+"""The entry of one tensor in a header, without its name,"""
 _TENSOR_ELEMENTS = 16
-"""and the brackets and commas in that."""
+"""and the brackets and commas of that entry."""
 _CASE_BYTES, _CASE_ELEMENTS = 200, 10
 """Spacing, shape and relative size of one case: seven numbers."""
 _CHANNEL_BYTES, _CHANNEL_ELEMENTS = 1000, 40
@@ -46,7 +46,7 @@ def weights_limits(specs: Mapping[str, TensorSpec]) -> Limits:
 
 
 def coarse_limits(num_cases: int, num_channels: int, *, tensor_bytes: int) -> Limits:
-    """Return the limits of a coarse summary, given what the census of its site says."""
+    """Return the limits of a coarse summary from its site's census."""
     header = (64 << 10) + _CASE_BYTES * num_cases + _CHANNEL_BYTES * num_channels
     of_channels = _CHANNEL_ELEMENTS * num_channels
     return Limits(

@@ -1,4 +1,4 @@
-"""Open earlier documents, and know what the sites of a run agreed on."""
+"""Open earlier documents, and read the agreement of a run's sites."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ class Agreement:
     specs: Mapping[str, TensorSpec]
     """Canonical name -> dtype and shape of every shared tensor."""
     weights: Mapping[str, float]
-    """What each site counts in an average. The sites do not know it of each other."""
+    """Site -> its weight in an average. The sites do not know each other's."""
     plans_names: Mapping[str, str]
     """Site -> the name of its plans."""
     trust: Mapping[str, str | None] = field(default_factory=dict)
     """Site -> how it knows the identities of the others, where updates are masked."""
     privacy: Mapping[str, messages.PrivacyDeclaration | None] = field(default_factory=dict)
-    """Site -> what it has declared of its training's differential privacy."""
+    """Site -> its declaration of the training's differential privacy."""
 
     @property
     def codec(self) -> UpdateCodec:
-        """Return a codec for what travels in the rounds."""
+        """Return a codec for the updates and aggregates of the rounds."""
         return codec_of(self.match.precision)
 
     def specs_from(self, site: str) -> dict[str, TensorSpec]:
@@ -80,7 +80,7 @@ class DocumentReader:
         find: Key -> its exchange, or None.
         admitted: Run -> the sites that joined it after it had begun.
         last_validation: Run -> the record of its newest pooled validation, or None.
-        settings: Returns what holds for the federation; needed where sums are masked.
+        settings: Returns the settings in force; needed where sums are masked.
         given_path: SHA-256 of a checkpoint that the operator has given -> document with its weights.
     """
 
@@ -121,7 +121,7 @@ class DocumentReader:
         return exchange is not None and site in exchange.contributions
 
     def contribution(self, key: ExchangeKey[Q, Any], site: str) -> Document[Q]:
-        """Open what a site contributed to an exchange that has begun."""
+        """Open a site's contribution to an exchange that has begun."""
         return open_document(self._contribution_path(key, site, self._begun(key).contributions[site].digest))
 
     def result(self, key: ExchangeKey[Any, R]) -> Document[R]:
@@ -164,9 +164,9 @@ class DocumentReader:
             return {site: document.message for site, document in documents.items()}
 
     def agreement(self, run: str) -> Agreement:
-        """Return what the sites of a run agreed on, with those that were admitted later.
+        """Return the agreement of a run's sites, also those admitted later.
 
-        Its registration is closed.
+        The registration is closed.
         """
         with self._lock:  # after a restart all sites ask at once, and one answer does for all
             admitted = self._admitted(run)
@@ -214,11 +214,11 @@ class DocumentReader:
         return names
 
     def registrations(self, run: str) -> dict[str, messages.Registration]:
-        """Return what every site of a run registered, in the order of their names."""
+        """Return the registration of every site, in the order of names."""
         return dict(self.each_registration(run))
 
     def registration(self, run: str, site: str) -> messages.Registration:
-        """Return what one site of a run registered, at first or when it was admitted."""
+        """Return the registration of a site, also of one admitted later."""
         key = AdmissionKey(run, site) if site in self._admitted(run) else RegistrationKey(run)
         with self.contribution(key, site) as document:
             return document.message
@@ -251,7 +251,7 @@ class DocumentReader:
         return None if last is None else last.best_round
 
     def forget(self, run: str) -> None:
-        """Forget what was agreed on for a run that begins anew."""
+        """Forget the agreement of a run that begins anew."""
         with self._lock:
             self._agreements.pop(run, None)
             self._forget_plans(run)
@@ -269,7 +269,10 @@ class DocumentReader:
         return self._settings is not None and self._settings().secure is not None
 
     def round_plan(self, key: RoundKey) -> RoundPlan:
-        """Return what is added up in a masked round. What it starts from is there."""
+        """Return the plan of a masked round.
+
+        The aggregate that it starts from is there.
+        """
         with self._lock:
             known = self._plans.get(key)
         if known is None:
@@ -319,7 +322,7 @@ class DocumentReader:
         return num_classes_of(registration.dataset_json.labels)
 
     def validation_sum(self, key: ValidationKey) -> SecureSum:
-        """Return what is added up in a masked validation. The round is closed."""
+        """Return the sums of a masked validation. The round is closed."""
         agreement = self.agreement(key.run)
         sites = _contributors(self._begun(RoundKey(key.run, key.number)))
         return plan_validation(

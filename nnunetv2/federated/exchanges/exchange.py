@@ -1,4 +1,4 @@
-"""Decide who may do what in an exchange, and when.
+"""Decide which contributions an exchange takes, and when it closes.
 
 State is plain values, without sockets, files or a clock of its own.
 
@@ -9,11 +9,11 @@ An exchange is one meeting of the sites: each contributes one document, then the
       |                                                                             |
       +--------- a site contributes something else, or others than then count now --+
 
-What compares a latecomer with what the others have settled is an exchange of its own, and may be repeated.
+A latecomer is compared with the settled result of the others in an exchange of its own, which may be repeated.
 
 Who is expected, who has failed and whether a run is paused may change while an exchange is open: `registry.py` knows,
-and hands out exchanges with what holds at the moment. What the kinds of exchanges differ in are their policies here,
-and else their steps (`steps/`).
+and hands out exchanges in their present state. The kinds of exchanges differ in their policies here, and else in their
+steps (`steps/`).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from nnunetv2.federated.protocol.keys import Key
 from nnunetv2.utilities.plain_text import printable
 
 REFUSAL_CHARACTERS = 3900
-"""Of a refusal, and of its remedy: both together fit into what tells of them."""
+"""Of a refusal, and of its remedy: both together fit into the text of a status."""
 
 
 # -------------------------------------------------------------------------------------------------------- policies
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """The rules of one kind of exchange. What is not said does not hold."""
+    """The rules of one kind of exchange. By default, none holds."""
 
     pooled: bool = False
     """One thing is made of the contributions, so it is closed with no fewer of them than `min_sites`."""
@@ -42,16 +42,16 @@ class Policy:
     first_stays: bool = False
     """The first acknowledged contribution stays: weights are never sent twice with different values in good faith."""
     compared: bool = False
-    """What comes again after the closing is received and compared with the first: it is small, and a person wants to
-    know what differs."""
+    """A contribution that comes again after the closing is received and compared with the first: it is small, and
+    people want to know the difference."""
     repeatable: bool = False
-    """It only compares one site with what the others have settled: nothing is made of it, so it may be done again."""
+    """It only compares one site with the settled result of others: nothing is made of it, so it may be done again."""
     missable: bool = False
     """A site may come too late for it, and be let in afterwards by an exchange of its own."""
     carries_weights: bool = False
     """Its documents carry the tensors of a network."""
     settles_members: bool = False
-    """Its result says who takes part in a run, and with what."""
+    """Its result lists the sites of a run, and the tensors that they share."""
     pauses_with_run: bool = False
     """Contributions are taken while the run is paused, and nothing is closed."""
     stops_with_run: bool = False
@@ -59,7 +59,7 @@ class Policy:
     recurs: bool = False
     """There is one after another in a run: a site that misses one goes on with the newest."""
     closes_first: bool = False
-    """Of what can be closed at the same time, it is closed before the rest."""
+    """It is closed before others that can be closed at the same time."""
 
 
 # ------------------------------------------------------------------------------------------------------- exchanges
@@ -126,9 +126,9 @@ class Exchange:
     is_paused: bool = False
     """Whether the operator has paused the run: contributions are taken, nothing is closed."""
     is_overtaken: bool = False
-    """Whether what follows has happened already: nobody else is waited for."""
+    """Whether a later exchange has been closed already: nobody else is waited for."""
     is_forced: bool = False
-    """Whether the operator wants it closed with what there is: nobody else is waited for."""
+    """Whether the operator wants it closed with the contributions so far: nobody else is waited for."""
     contributions: Mapping[str, Contribution] = field(default_factory=dict)
     outcome: Closed | Refused | None = None
 
@@ -193,7 +193,7 @@ class Verdict(Enum):
 
 
 def judge(exchange: Exchange, site: str, digest: str) -> Verdict:
-    """Decide what happens to a contribution that is offered or has arrived.
+    """Return the verdict on a contribution that is offered or has arrived.
 
     Raises:
         RefusedError: The site is not expected here, or the exchange is closed, without the site (then the code is
@@ -224,7 +224,7 @@ def changed_since(key: Key, site: str, change: str = "") -> RefusedError:
     """Return the refusal of a contribution that differs from the one that counted.
 
     Args:
-        change: What has changed, where that is known.
+        change: The change in words, where it is known.
     """
     return RefusedError(
         f"{key} is closed, and what site {site} sends now differs from what it sent before{change and f': {change}'}",
@@ -246,7 +246,7 @@ def with_contribution(exchange: Exchange, site: str, contribution: Contribution)
 
 
 def without_contribution(exchange: Exchange, site: str) -> Exchange:
-    """Return an open exchange without what a site has contributed."""
+    """Return an open exchange without the contribution of a site."""
     contributions = {name: one for name, one in exchange.contributions.items() if name != site}
     return replace(exchange, contributions=contributions)
 

@@ -143,7 +143,10 @@ def _check_common(classes: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def _check_spellings(labels_of: Mapping[str, Mapping[str, int]]) -> None:
-    """Refuse two names for what looks like one class, unless a site has both and so means two."""
+    """Refuse two spellings of one class, unless one site has both.
+
+    Such a site means two classes.
+    """
     sites: dict[str, list[str]] = {}
     for site, labels in labels_of.items():
         for name in labels:
@@ -166,7 +169,7 @@ def _check_spellings(labels_of: Mapping[str, Mapping[str, int]]) -> None:
 
 
 def _spellings(name: str) -> set[str]:
-    """Return what a name could be in the singular, without case, blanks and signs between words."""
+    """Return the possible singulars of a name, without case and separators."""
     bare = re.sub(r"[\s_.\-]+", "", name.casefold())
     found = {bare}
     if bare.endswith("s"):

@@ -1,7 +1,7 @@
 """Turn weights into the integers of a masked sum and back: one codec per precision.
 
     float32     MaskedWeights    the weights, 32 bits each
-    float16     MaskedChanges    what they have changed since the download, 16 bits each, with error feedback
+    float16     MaskedChanges    their changes since the download, 16 bits each, with error feedback
 
 Their arithmetic is in `privacy/secure_aggregation/fixed_point.py`.
 """
@@ -27,7 +27,7 @@ class MaskedCodec(Protocol):
     """Of the words, as documents name it."""
 
     def exponent(self, values: np.ndarray, before: np.ndarray | None) -> int:
-        """Return what bounds a tensor in the round that follows.
+        """Return the exponent that bounds a tensor in the next round.
 
         Args:
             values: Of the last aggregate, as sites download it.
@@ -49,9 +49,9 @@ class MaskedCodec(Protocol):
         """Write a tensor of an update into words.
 
         Args:
-            start: What the site has downloaded.
-            weight: What the site counts.
-            bits: Of the sum of what all sites count.
+            start: The tensor that the site has downloaded.
+            weight: The weight of the site in the mean.
+            bits: Those of the sum of all sites' weights.
             out: Words, as many as the tensor has values.
 
         Raises:
@@ -60,7 +60,7 @@ class MaskedCodec(Protocol):
         ...
 
     def settle(self, names: Iterable[str]) -> None:
-        """Note that what was encoded last of these tensors has counted."""
+        """Note that the last encoding of these tensors has counted."""
         ...
 
     def decode(self, words: np.ndarray, before: np.ndarray, *, total: int, bits: int, exponent: int) -> np.ndarray:
@@ -69,7 +69,7 @@ class MaskedCodec(Protocol):
         Args:
             words: A sum without masks.
             before: The same part of the aggregate before, as it is kept.
-            total: The sum of what the sites count that were added.
+            total: The sum of the weights of the sites that were added.
         """
         ...
 
@@ -115,7 +115,7 @@ class MaskedChanges:
 
     def __init__(self) -> None:
         self._rests: dict[str, np.ndarray] = {}
-        """What rounding and cutting have taken from this site's updates and no later one has brought."""
+        """Tensor -> the error of rounding and cutting that is still to be sent."""
         self._next_rests: dict[str, np.ndarray] = {}
 
     def exponent(self, values: np.ndarray, before: np.ndarray | None) -> int:
@@ -158,9 +158,9 @@ class MaskedChanges:
         self._rests = {**self._rests, **settled}
 
     def decode(self, words: np.ndarray, before: np.ndarray, *, total: int, bits: int, exponent: int) -> np.ndarray:
-        """Return the aggregate before, with the mean of changes.
+        """Return the aggregate before, plus the mean of changes.
 
-        What its rounding took is in it already.
+        The rounding error of its download is in it already.
         """
         mean: np.ndarray = before + fixed_point.decode_changes(words, total, weight_bits=bits, exponent=exponent)
         return mean

@@ -38,8 +38,8 @@ def find_networks(registered: Iterable[tuple[str, Registration]], match: Match) 
     """Return the networks of a run, the largest first, each with its sites and outlook.
 
     Args:
-        registered: Each site and what it registered, in the order of their names; they are looked at one by one.
-        match: What they share.
+        registered: Each site and its registration, in the order of names; they are read one by one.
+        match: The tensors that they share.
     """
     sites: dict[str, list[str]] = {}
     sizes: dict[str, int] = {}

@@ -1,6 +1,6 @@
 """Foresee whether a run's averages make a model that everybody can use.
 
-Plans that a site has made alone tell of its data: what is said here names fields and sites, never values.
+Plans that a site has made alone tell of its data: the texts of this module name fields and sites, never values.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def foresee_model(registered: Iterable[tuple[str, Registration]], match: Match) 
     """Tell whether there will be a common model, and who builds its network.
 
     Args:
-        registered: Each site and what it registered, in the order of their names; they are looked at one by one.
-        match: What they share.
+        registered: Each site and its registration, in the order of names; they are read one by one.
+        match: The tensors that they share.
     """
     registrations = iter(registered)
     first, model = next(registrations)
@@ -87,7 +87,7 @@ def foresee_model(registered: Iterable[tuple[str, Registration]], match: Match) 
 
 
 def withheld(registration: Registration) -> str:
-    """Say that a site withholds what a model needs; empty if it does not."""
+    """Say that a site withholds its plans' statistics; empty otherwise."""
     if WITHHELD not in registration.plans:
         return ""
     return (
@@ -142,7 +142,7 @@ def counters_of(registration: Registration) -> dict[str, tuple[int, ...]]:
 
 
 def _difference(first: str, model: Registration, site: str, other: Registration) -> str:
-    """Say what keeps two sites from using one model; empty if nothing does."""
+    """Describe the obstacle to one model for two sites; empty if none."""
     plans = {first: comparable_plans(model.plans), site: comparable_plans(other.plans)}
     difference = find_difference(plans, "plans")
     if difference is not None:

@@ -1,9 +1,9 @@
-"""Check what a site says of its data before anything is made of it.
+"""Check the statistics of a site before anything is made of them.
 
 Moments, geometry, cases, validated voxels.
 
-A site that is broken, or whose scans have other units, would otherwise spoil the plans of all. What cannot be right is
-refused; what is odd is said. Refusals name no figures of the data: observers read them too.
+A site that is broken, or whose scans have other units, would otherwise spoil the plans of all. Impossible values are
+refused, odd ones reported. Refusals name no figures of the data: observers read them too.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ SAMPLED_VOXELS = 10**8
 SAMPLING_SLACK = 10
 """and by how much an extractor of one's own may draw more."""
 ROUNDING = 1e-6
-"""Share by which sums of float64 may differ from what they should be."""
+"""Relative error that sums of float64 may have."""
 SMALLEST_MM, LARGEST_MM = 1e-5, 1e5
-"""Of a voxel's edge. Ten nanometres and a hundred metres: what lies beyond is no length in millimetres."""
+"""Of a voxel's edge. Ten nanometres and a hundred metres: values beyond are no lengths in millimetres."""
 ODD_FACTOR = 3.0
 """Scans that are so many times larger or smaller than those of any other site are worth a line."""
 IMPOSSIBLE_FACTOR = 30.0
@@ -87,8 +87,8 @@ def check_count(count: int, num_cases: int, num_all_cases: int) -> None:
 def check_corrected(first: np.ndarray, before: np.ndarray, now: np.ndarray) -> None:
     """Raise StatisticsError unless a corrected histogram only shows more values.
 
-    Only values that were counted farther out may move, and no more than those are. A site that could send what it likes
-    would find, look by look, what the others have at any rank.
+    Only hidden values, which were counted farther out, may move. A site that could send any histogram would find, look
+    by look, the others' values at any rank.
 
     Args:
         first: int64 (65536,), the histogram as it was at first.
@@ -135,7 +135,7 @@ class Geometry:
         """Return the ratio of these scans' size to that of others.
 
         Other resolutions leave the extent as it is, other parts of the body the spacing. Other units change both alike:
-        what counts is the smaller change of the two, of the axis where it is largest.
+        the result is the smaller change of the two, of the axis where it is largest.
         """
         found = 0.0
         pairs = zip(self.spacing, other.spacing, self.extent, other.extent, strict=True)
@@ -198,7 +198,7 @@ def largest_validation(plans: Mapping[str, Any], configuration: str, num_iterati
 
 
 def _resolved(configurations: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return a configuration with what it inherits."""
+    """Return a configuration with its inherited fields."""
     described = configurations[name]
     parent = described.get("inherits_from")
     return {**_resolved(configurations, parent), **described} if parent else described

@@ -1,6 +1,6 @@
 """Hold every exchange of a federation.
 
-Also what may begin, who is expected, and how far the runs are.
+Also tell which exchanges may begin, which sites are expected, and how far the runs are.
 
 Exchanges are stored as they were written down. Whatever can change while one is open (the sites of the federation, who
 has left a run, who has failed, whether the run is paused) is put in when it is handed out. So a refusal that was about
@@ -30,14 +30,14 @@ class RunControl:
     failed: Mapping[str, int] = field(default_factory=dict)
     """Site -> the round from which on it cannot go on, as it has reported. Contributing again takes that back."""
     forced: frozenset[str] = frozenset()
-    """Open exchanges that the operator wants closed with what there is."""
+    """Open exchanges that the operator wants closed with the contributions so far."""
 
 
 class ExchangeRegistry:
-    """Every exchange of a federation, and what has been said about its runs.
+    """Every exchange of a federation, and the control of its runs.
 
-    Not safe for concurrent changes: its owner sees to that. Exchanges are immutable, so what was read stays true
-    of its moment.
+    Not safe for concurrent changes: its owner sees to that. Exchanges are immutable, so one that was read stays
+    true of its moment.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class ExchangeRegistry:
             required: Sites without which a fresh one cannot be closed at its deadline.
 
         Raises:
-            RefusedError: What comes before is not closed yet, or the run has fewer rounds or is stopped.
+            RefusedError: The exchange before is not closed yet, or the run has fewer rounds or is stopped.
         """
         existing = self.get(key)
         if existing is not None:
@@ -128,7 +128,7 @@ class ExchangeRegistry:
 
     # ---------------------------------------------------------------------------------------- who is expected where
     def control(self, run: str) -> RunControl:
-        """Return what has been said about a run."""
+        """Return the control of a run."""
         return self.controls.get(run, RunControl())
 
     def left(self, run: str) -> frozenset[str]:
@@ -161,7 +161,7 @@ class ExchangeRegistry:
     def contributors(self, key: Key) -> frozenset[str]:
         """Name the sites whose contributions are in a result.
 
-        None as long as there is no result.
+        Empty as long as there is no result.
         """
         exchange = self._exchanges.get(key)
         outcome = None if exchange is None else exchange.outcome
@@ -196,7 +196,7 @@ class ExchangeRegistry:
         return tuple(sorted(cohort))
 
     def _present(self, exchange: Exchange) -> Exchange:
-        """Return an exchange with what holds at this moment. Of a closed one, nothing changes any more."""
+        """Return an exchange in its present state; closed ones keep theirs."""
         key = exchange.key
         if isinstance(exchange.outcome, Closed):
             outcome = exchange.outcome
@@ -222,7 +222,7 @@ class ExchangeRegistry:
 
     # ------------------------------------------------------------------------------------------------------ closing
     def ready(self, now: float) -> list[Exchange]:
-        """List what can be closed now, in the order in which it should be."""
+        """List the exchanges that can be closed now, in order of closing."""
         ready = [exchange for exchange in self.open_exchanges() if may_close(exchange, now)]
         return sorted(ready, key=_order_of_closing)
 
@@ -303,5 +303,5 @@ class ExchangeRegistry:
 
 
 def _order_of_closing(exchange: Exchange) -> tuple[bool, int]:
-    """Return what is sorted by: a validation comes first, for it belongs to the round before."""
+    """Return the sort key: validations first, since they belong to earlier rounds."""
     return not exchange.policy.closes_first, exchange.key.number if isinstance(exchange.key, NumberedKey) else 0

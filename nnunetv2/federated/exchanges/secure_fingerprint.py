@@ -25,10 +25,10 @@ SUM = "sum"
 def plan_fingerprint_sum(
     key: FingerprintSumKey, asked: NextSum, *, federation: str, census: PooledCensus, num_channels: int
 ) -> SecureSum:
-    """Return what is added up in one sum of a fingerprint.
+    """Plan one sum of a fingerprint.
 
     Args:
-        asked: By the sum before.
+        asked: The request of the sum before.
     """
     return _plan(key, asked, federation=federation, census=census, num_channels=num_channels)
 
@@ -41,7 +41,7 @@ def plan_shape_sum(
     census: PooledCensus,
     target: Sequence[float] | np.ndarray | None,
 ) -> SecureSum:
-    """Return what is added up in one sum of resampled shapes.
+    """Plan one sum of resampled shapes.
 
     Args:
         target: The spacing of the shapes, to which the masks are bound: those of sites with another one do not cancel.

@@ -1,7 +1,7 @@
 """Plan the masked sums of a run: groups of tensors, figures, counts of a validation.
 
-Sites and coordinator compute this each for itself, from what they have in common: the match of the run, the aggregate
-that a round starts from, and the cohort that its message names. What they do not have in common, masks do not cancel.
+Sites and coordinator compute this each for itself, from common inputs: the match of the run, the aggregate that a round
+starts from, and the cohort that its message names. Where inputs differ, masks do not cancel.
 
 Tensors are summed in groups, each of those that exactly the same sites of the cohort hold. Groups of fewer sites than k
 are not sent: their tensors keep their values.
@@ -54,12 +54,12 @@ class SecureSum:
     least: int
     """Sites that every sum is to have."""
     weights: Mapping[str, int] = field(default_factory=dict)
-    """Site -> what it counts. Sites know only their own."""
+    """Site -> its weight. Sites know only their own."""
     starts: tuple[tuple[tuple[str, ...], bytes], ...] = ()
-    """Sites, and the digest of what they alone have in common and start from, as far as it is known."""
+    """Sites, and the digest of the inputs that exactly they have in common, as far as it is known."""
 
     def common(self, site: str) -> dict[str, bytes]:
-        """Return, per other site, the digest of what both have been sent."""
+        """Return, per other site, the digest of the inputs common to both."""
         return {
             other: digest_of(*(digest for holders, digest in self.starts if {site, other} <= {*holders}))
             for other in self.cohort.sites
@@ -199,7 +199,7 @@ class RoundPlan:
     sum: SecureSum
     groups: tuple[Group, ...]
     exponents: Mapping[str, int]
-    """Tensor -> what bounds it; see `MaskedCodec`."""
+    """Tensor -> the exponent that bounds it; see `MaskedCodec`."""
     weight_bits: int
     typical_change: float | None
 
@@ -221,7 +221,7 @@ def plan_round(
     weights: Mapping[str, int],
     training: bytes = b"",
 ) -> RoundPlan:
-    """Return what is added up in a round.
+    """Plan the sums of a round.
 
     Args:
         match: Of the run, with the sites that were admitted.
@@ -230,8 +230,8 @@ def plan_round(
         least: Sites that every sum is to have.
         read: Canonical name -> values of that aggregate, as sites download them.
         read_before: The same of the aggregate before it; None if there is none.
-        weights: Site -> what it counts, as far as it is known.
-        training: Digest of all else that decides what the sites of the cohort train; sites only.
+        weights: Site -> its weight, as far as it is known.
+        training: Digest of all else that decides the training of the cohort; sites only.
     """
     codec, cohort = masked_codec_of(match.precision), cohort_of(federation, str(key), match.keys, begin.cohort)
     exponents: dict[str, int] = {}
@@ -288,7 +288,7 @@ def cohort_of(federation: str, exchange: str, keys: Mapping[str, SignedKey], sit
 
 
 def bits_of(weights: Iterable[float]) -> int:
-    """Return the number of bits of the sum of what sites count."""
+    """Return the number of bits of the sum of weights."""
     return max(1, round(sum(weights)).bit_length())
 
 
@@ -305,7 +305,7 @@ def plan_validation(
     validated: Mapping[str, np.ndarray] = MappingProxyType({}),
     training: bytes = b"",
 ) -> SecureSum:
-    """Return what is added up when the aggregate of a round was validated.
+    """Plan the sums of the validation of a round's aggregate.
 
     Args:
         sites: The contributors of the round.
@@ -380,7 +380,7 @@ def training_digest(settings: FederationSettings) -> bytes:
 def num_classes_of(labels: Mapping[str, int | tuple[int, ...]]) -> int:
     """Return the number of classes or regions that a validation counts.
 
-    Those are all but background and what is ignored.
+    Those are all but background and the ignore label.
 
     Args:
         labels: As in dataset.json.

@@ -1,9 +1,9 @@
 """Compute the differential privacy that noisy steps of training cost patients.
 
-A step draws every patient with the same chance (Poisson sampling), sums what each adds, which is no longer than the
-clipping norm C, and adds normal noise of standard deviation sigma C. Epsilon and delta are those of adding or removing
-one patient. All steps are composed by their privacy loss distributions (PLD; Koskela et al., AISTATS 2020; Doroshenko
-et al., PoPETs 2022), as the library dp-accounting does it; its figures are upper bounds.
+A step draws every patient with the same chance (Poisson sampling), sums their contributions, each clipped to norm C,
+and adds normal noise of standard deviation sigma C. Epsilon and delta are those of adding or removing one patient. All
+steps are composed by their privacy loss distributions (PLD; Koskela et al., AISTATS 2020; Doroshenko et al., PoPETs
+2022), as the library dp-accounting does it; its figures are upper bounds.
 
 The library is imported where it is used: only trainings with differential privacy need it.
 """
@@ -65,7 +65,7 @@ def find_sigma(spent: Sequence[NoisySteps], *, rate: float, count: int, epsilon:
     def excess(sigma: float) -> float:
         return epsilon_of([*spent, NoisySteps(rate, sigma, count)], delta) - epsilon
 
-    # Near the result: what the noise of one Gaussian mechanism would be (Abadi et al., CCS 2016, theorem 1).
+    # Near the result: the noise of one Gaussian mechanism (Abadi et al., CCS 2016, theorem 1).
     guess = rate * math.sqrt(count * 2 * math.log(1.25 / delta)) / left
     low, high = (min(max(guess * factor, LEAST_SIGMA), LARGEST_SIGMA) for factor in (0.8, 1.25))
     while excess(high) > 0:

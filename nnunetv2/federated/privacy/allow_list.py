@@ -6,9 +6,9 @@
      "coordinator": "https://coordinator.example:8750",
      "documents": {"update": {"fields": ["metrics.val_losses"], "tensors": ["encoder.*"], "largest_bytes": 200000000}}}
 
-Where there is no such file, everything may leave that the protocol knows; `nnUNetv2_fed_manifest` shows what that is,
-and writes a list. Patterns are those of a shell: `*` stands for anything. A field of a field is written `a.b`; the
-places in a list have no names. What is null or empty says nothing and is always allowed, as are `protocol` and `kind`.
+Where there is no such file, all documents of the protocol may leave; `nnUNetv2_fed_manifest` shows them, and writes a
+list. Patterns are those of a shell: `*` stands for anything. A field of a field is written `a.b`; the places in a list
+have no names. Null, and empty lists and objects, say nothing and are always allowed, as are `protocol` and `kind`.
 """
 
 from __future__ import annotations

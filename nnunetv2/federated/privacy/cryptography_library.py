@@ -11,7 +11,7 @@ def require_cryptography(purpose: str) -> None:
     """Raise FederationError, saying how to install it, if the library is missing.
 
     Args:
-        purpose: What needs it, such as "--secure".
+        purpose: The feature that needs it, such as "--secure".
     """
     if find_spec("cryptography") is None:
         raise FederationError(

@@ -53,7 +53,7 @@ def describe_fields(message: Part, prefix: str = "", *, known: bool = True) -> I
         value, path = getattr(message, name), f"{prefix}{name}"
         if isinstance(value, Part):
             yield from describe_fields(value, f"{path}.", known=known and not isinstance(value, PrivacyDeclaration))
-        elif name == "plans" and known:  # some of its fields tell of the data: whoever decides wants to see which
+        elif name == "plans" and known:  # some of its fields tell of the data: people decide by their values
             yield from (f"{path}.{key}: {_shortened(_as_json(one))}" for key, one in value.items())
         elif value not in (None, (), {}):
             yield f"{path}: {_describe_value(value, known or path in ('protocol', 'kind'))}"

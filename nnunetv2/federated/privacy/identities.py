@@ -1,7 +1,7 @@
-"""Sign and verify with identities of sites, and number rosters for people to compare.
+"""Sign and verify with site identities, and number rosters for comparison.
 
-An identity is an Ed25519 key that a site makes when it joins. Whatever it signs is bound to a purpose and to all that
-the signature is about, each part behind its length, so that no signature can be read as another one.
+An identity is an Ed25519 key that a site makes when it joins. Its signatures are bound to a purpose and to all parts
+of their statement, each behind its length, so that no signature can be read as another one.
 
 The roster's number has 40 digits, 132 bits: a coordinator that lies chooses keys in both of two views, so it takes
 2^66 attempts until two rosters have one number.
@@ -111,7 +111,7 @@ def check_distinct(values: Mapping[str, str], what: str) -> None:
 
     Args:
         values: Site -> its identity, or its key.
-        what: What the values are, such as "identity".
+        what: The kind of the values, such as "identity".
     """
     first_of: dict[str, str] = {}
     for site, value in sorted(values.items()):
@@ -183,5 +183,5 @@ def roster_number(federation: str, identities: Mapping[str, str]) -> str:
 
 
 def is_number(text: str, number: str) -> bool:
-    """Return whether a person has typed this number, with whatever stands between its digits."""
+    """Return whether a text is this number, apart from spaces and hyphens."""
     return "".join(text.split()).replace("-", "") == number.replace(" ", "")

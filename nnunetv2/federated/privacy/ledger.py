@@ -1,4 +1,4 @@
-"""Keep account of the privacy that trainings have spent on a dataset's patients.
+"""Keep account of the privacy spent on a dataset's patients.
 
     nnUNet_preprocessed/<dataset>/privacy_ledger.jsonl, a line per event:
 
@@ -6,7 +6,7 @@
     {"number": 2, "time": 1.7e9, "kind": "charge", "by": null, "detail": {"run": "...", "epoch": 0, ...}, "hash": "..."}
 
 Lines are only appended, chained by hashes as those of the coordinator's audit log, and on the disk before the epoch
-begins that they charge. What crashes afterwards is charged again. So the ledger counts too much at times, and never too
+begins that they charge. An epoch that crashes is charged again. So the ledger counts too much at times, and never too
 little. A line that was cut off while it was written has charged nothing: its epoch has not begun. All runs, folds and
 configurations of a dataset are in one ledger, and add up, whichever patients a fold leaves out.
 """
@@ -37,11 +37,11 @@ Detail = TypeVar("Detail")
 
 
 class LedgerError(FederationError):
-    """The ledger cannot be read, or is not what was written."""
+    """The ledger cannot be read, or was altered."""
 
 
 class BudgetError(FederationError):
-    """Something would spend more than the site allows, or allow less than is spent."""
+    """A charge would exceed the budget, or a new budget is overspent already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ class Charge:
 
     @property
     def noisy_steps(self) -> NoisySteps:
-        """Return what the accountant composes."""
+        """Return the steps for the accountant to compose."""
         return NoisySteps(self.rate, self.sigma, self.steps)
 
 

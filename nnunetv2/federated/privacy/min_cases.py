@@ -34,10 +34,10 @@ def min_cases() -> int:
 
 
 def check_enough_cases(num_cases: int, what: str) -> None:
-    """Raise NotAllowedError if this site does not take part with so few cases.
+    """Raise NotAllowedError if this site has too few cases to take part.
 
     Args:
-        what: What has so many cases, such as "Dataset101_Liver" or "fold 0".
+        what: The dataset or fold of the cases, such as "Dataset101_Liver" or "fold 0".
     """
     if (refusal := refusal_of(num_cases, what)) is not None:
         raise NotAllowedError(refusal)

@@ -1,11 +1,11 @@
-"""Keep at a site what is its own in plans: network, patch and batch.
+"""Keep each site's own parts of plans local: network, patch and batch.
 
 Where sites have networks of their own (`--networks own`), all plan from the pooled fingerprint, each for its own GPU:
 
     the data decide, and all agree     axis order, spacings of 2d and 3d_fullres, normalization, resampling, statistics
     each site decides                  network, patch, batch, and so whether there is a 3d_lowres, and how coarse it is
 
-The first part is what sites compare when they have planned. A registration adds network and patch of the configuration
+Sites compare the first part when they have planned. A registration adds network and patch of the configuration
 that is trained, which a common model needs; names of plans and planner, batch size and other configurations, which tell
 of the GPU too, stay at the site.
 """
@@ -77,7 +77,7 @@ def data_part_of_training(plans: Mapping[str, Any], configuration: str, networks
 
 
 def plans_to_register(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """Return what a site registers of its plans: agreed part, and trained network and patch."""
+    """Return the plans to register: agreed part, trained network and patch."""
     trained = resolve(plans, configuration)
     before = trained.get("previous_stage")
     agreed = data_part(plans, {*OF_ALL_SITES, configuration, *([before] if isinstance(before, str) else [])})
@@ -92,7 +92,7 @@ def plans_to_register(plans: Mapping[str, Any], configuration: str) -> dict[str,
 
 
 def resolve(plans: Mapping[str, Any], configuration: str) -> dict[str, Any]:
-    """Return a configuration with what it inherits; anybody may have written the plans."""
+    """Return a configuration with its inherited fields; plans are untrusted."""
     described, seen = _configurations(plans), set()
     merged: dict[str, Any] = {}
     name: Any = configuration

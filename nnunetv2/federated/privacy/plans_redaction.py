@@ -1,4 +1,4 @@
-"""Take out of plans, before they leave, what tells of a site's own data.
+"""Redact statistics of a site's own data from plans before they leave.
 
 Replace per-channel minimum and maximum by percentiles, everywhere.
 
@@ -59,6 +59,6 @@ def without_own_statistics(plans: Mapping[str, Any], pooled: Mapping[str, Any] |
 def _stand_in(properties: Any) -> Any:
     """Replace the extrema of a channel; without percentiles, leave them out."""
     if not isinstance(properties, Mapping):
-        return properties  # no plans of nnU-Net's; the coordinator compares what anybody sends
+        return properties  # no plans of nnU-Net's; the coordinator compares plans from anybody
     kept = {name: value for name, value in properties.items() if name not in STAND_INS or STAND_INS[name] in properties}
     return {name: properties[STAND_INS[name]] if name in STAND_INS else value for name, value in kept.items()}

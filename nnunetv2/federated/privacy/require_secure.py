@@ -26,10 +26,10 @@ CLEAR = (Update, Validation, CoarseSummary, FineSummary)
 
 
 def required_k(promised: int | None = None) -> int | None:
-    """Return the fewest sites among which this site is summed; None: it sends in clear.
+    """Return the required number of sites per sum; None: in clear.
 
     Args:
-        promised: What held in the federation when this site joined it; None for one that sums in clear.
+        promised: The fewest sites per sum when this site joined the federation; None for one that sums in clear.
 
     Raises:
         FederationError: The environment variable holds something else than a whole number from 3 on.

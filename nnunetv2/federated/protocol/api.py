@@ -30,10 +30,10 @@ from nnunetv2.federated.protocol.rounds import Rounds
 from nnunetv2.utilities.plain_text import printable
 
 ShownText = Annotated[LongText, AfterValidator(lambda text: printable(text, most=8000))]
-"""What people read, and others may have put into words: printable once it was read."""
+"""Text for people that others may have written: printable once it was read."""
 
 LEAST_SITES = 2
-"""What is made of one site is that site's own."""
+"""A sum over one site would be that site's own data."""
 MinSites = Annotated[int, Field(ge=LEAST_SITES, le=MAX_SITES)]
 
 
@@ -43,7 +43,7 @@ class Secure(Part):
     k: Annotated[int, Field(ge=3, le=64)] = 3
     """No sum has fewer sites."""
     geometry: Literal["list", "quantiles"] = "list"
-    """What is told of shapes and spacings: those of all cases, of nobody in particular, or order statistics only."""
+    """Form in which shapes and spacings are told: a list of all cases that names nobody, or order statistics only."""
 
 
 class FederationSettings(WithPrecision):
@@ -101,7 +101,7 @@ class FederationSettings(WithPrecision):
 
 
 def describe_methods(settings: FederationSettings) -> tuple[str, ...]:
-    """Describe what sites do beside plain averaging, a line each."""
+    """Describe the methods of the sites beside plain averaging, a line each."""
     lines = []
     if settings.networks == "own":
         lines.append(f"Each site has a network of its own; what matches by {settings.matching} is averaged")
@@ -381,7 +381,7 @@ class RunAction(Part):
 
     action: Literal["pause", "resume", "stop", "reset", "proceed", "abandon", "leave", "return"]
     gathering: Text | None = None
-    """The exchange to close with what there is, for `proceed`."""
+    """The exchange to close with the contributions so far, for `proceed`."""
 
 
 class SiteStatus(Part):

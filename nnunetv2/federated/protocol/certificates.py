@@ -1,6 +1,6 @@
 """Check certificates, compute their fingerprints, and explain why one is not trusted.
 
-TLS libraries trust every certificate in a file that they are given, and pass over what is none. So a text is compared,
+TLS libraries trust every certificate in a file that they are given, and ignore all else in it. So a text is compared,
 kept and handed on only if it is one certificate and nothing else.
 """
 

@@ -6,8 +6,8 @@ A document is one safetensors file that is safe to open.
     n bytes      JSON: {"__metadata__": {"message": <JSON text>}, <name>: {"dtype", "shape", "data_offsets"}, ...}
     the rest     tensor data, little-endian, C order, in the order of the header, without gaps
 
-The writer streams: it holds one tensor at a time, where the library's own function wants all of them at once. What a
-site has in memory anyway is sent from there.
+The writer streams: it holds one tensor at a time, where the library's own function wants all of them at once.
+Tensors that a site has in memory anyway are sent from there.
 The reader trusts nobody: it checks size, names, shapes, dtypes and offsets before it builds anything.
 """
 
@@ -52,7 +52,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U32": np.dtype("<u4"),
     "U64": np.dtype("<u8"),
 }
-"""What may travel: safetensors' name -> numpy dtype."""
+"""Dtypes that may travel: safetensors' name -> numpy dtype."""
 MAX_DIMENSIONS = 8
 _PIECE_BYTES = 1 << 20
 """Bytes that are read or written at a time: they stay in the processor's cache."""
@@ -119,8 +119,8 @@ class Document(Generic[M]):
 
     Its message is parsed, its tensors are read one by one, whole or in pieces.
 
-    What the coordinator does with tensors, it does with `pieces` and `read_into`, whose memory does not depend on the
-    number and size of documents. `read` maps the file: the pages count as the process's own until the array is gone.
+    The coordinator reads weights with `pieces` and `read_into`, whose memory does not depend on the number and size of
+    documents. `read` maps the file: the pages count as the process's own until the array is gone.
     Several threads may read, one closes. Arrays that `read` has returned stay valid after `close`.
     """
 
@@ -203,17 +203,17 @@ class Document(Generic[M]):
 
 # ------------------------------------------------------------------------------------------------------ writing
 class OutgoingDocument(io.RawIOBase):
-    """A document sent from memory, as a file to be read from any byte on.
+    """A document sent from memory, as a file readable from any byte.
 
     Its tensors must not change.
 
     Args:
-        message: What it says.
+        message: The message in its header.
         specs: Name -> dtype and shape of every tensor, in the order in which they travel.
         tensors: Name -> values.
 
     Raises:
-        WireError: A name, dtype or shape is not allowed, or the tensors are not what specs announces.
+        WireError: A name, dtype or shape is not allowed, or the tensors differ from specs.
     """
 
     def __init__(self, message: Message, specs: Mapping[str, TensorSpec], tensors: Mapping[str, np.ndarray]) -> None:
@@ -252,16 +252,16 @@ class OutgoingDocument(io.RawIOBase):
 
 
 def write_document(path: Path, message: Message, specs: Mapping[str, TensorSpec], tensors: Iterable[np.ndarray]) -> str:
-    """Write a document atomically, holding one tensor at a time, and return its SHA-256.
+    """Write a document atomically, one tensor at a time; return its SHA-256.
 
     Args:
         path: Where the document appears once it is complete and on the disk.
-        message: What it says.
+        message: The message in its header.
         specs: Name -> dtype and shape of every tensor, in the order of `tensors`.
         tensors: The values, as many as specs; each is used before the next is asked for.
 
     Raises:
-        WireError: A name, dtype or shape is not allowed, or the tensors are not what specs announces.
+        WireError: A name, dtype or shape is not allowed, or the tensors differ from specs.
     """
     return _write(path, encode_header(message, specs), _bytes_of_all(specs, tensors))
 
@@ -320,7 +320,7 @@ def _write(path: Path, header: bytes, pieces: Iterable[bytes | memoryview]) -> s
 
 
 def _bytes_of_all(specs: Mapping[str, TensorSpec], tensors: Iterable[np.ndarray | None]) -> Iterator[memoryview]:
-    """Yield the bytes of tensors that are what specs announces."""
+    """Yield the bytes of tensors, checked against specs."""
     remaining = iter(tensors)
     for name, spec in specs.items():
         values = next(remaining, None)
@@ -344,7 +344,7 @@ def open_document(path: Path, *, limits: Limits = Limits()) -> Document[Any]:
     Raises:
         WireError: The file is larger than `limits`, or anything in it is not as this module would write it.
     """
-    file = path.open("rb", buffering=0)  # what happens to its name later does not matter
+    file = path.open("rb", buffering=0)  # stays readable if it is renamed or removed later
     try:
         size = _checked_size(file, limits)
         entries = parse_json(
@@ -398,7 +398,7 @@ def _decode_message(metadata: Any, limits: Limits) -> Message:
             f"the message is of protocol {spoken!r:.40}, this program speaks {PROTOCOL}: "
             "all sites and the coordinator need matching versions"
         )
-    del content  # what is built next takes as much memory
+    del content  # the message that is built next takes as much memory
     return validated(lambda: _one_of(document_messages()).validate_json(text, strict=True), "the message")
 
 

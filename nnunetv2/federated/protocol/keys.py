@@ -1,10 +1,10 @@
-"""Name exchanges: a key is the path of one between sites and coordinator.
+"""Name the exchanges between sites and coordinator: a key is a path.
 
     fingerprint/census              runs/3d_fullres.fold_0.nnUNetTrainerFedAvg/rounds/12
 
 A key is its text, since routes, folders and rows of a database are named by it, and it knows the parts of that text.
-Its class says what goes on under it: `ExchangeKey[Q, R]` takes messages Q and results in a message R. What is done
-with them is in `exchanges/steps/`, whose `parse_key` turns text into keys.
+Its class names the messages of the exchange: `ExchangeKey[Q, R]` takes messages Q and results in a message R. How they
+are checked and combined is in `exchanges/steps/`, whose `parse_key` turns text into keys.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 Q = TypeVar("Q", bound=Message)
-"""What a site contributes."""
+"""The message that a site contributes."""
 R = TypeVar("R", bound=Message)
-"""What all sites receive."""
+"""The message that all sites receive."""
 
 _SEGMENT = SEGMENT_PATTERN.strip("^$")
 _PARTS = {"site": SITE_PATTERN.strip("^$"), "number": "0|[1-9][0-9]{0,7}", "again": "[1-9][0-9]{0,2}"}
@@ -58,9 +58,9 @@ class ExchangeKey(str, Generic[Q, R]):
     """The key of one exchange. Children name their parts, in the order of the pattern."""
 
     kind: ClassVar[str]
-    """Such as "round": what figures and pages call exchanges of this kind."""
+    """Name of exchanges of this kind in figures and pages, such as "round"."""
     pattern: ClassVar[str]
-    """Such as "runs/{run}/rounds/{number}"; what stands in square brackets may be absent."""
+    """Such as "runs/{run}/rounds/{number}"; parts in square brackets may be absent."""
     _expression: ClassVar[re.Pattern[str]]
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -260,7 +260,7 @@ class NumberedKey(RunKey[Q, R]):
 
 
 class RegistrationKey(RunKey[Registration, Match]):
-    """The sites of a run say what they train."""
+    """The sites of a run register their trainings."""
 
     kind, pattern = "registration", "runs/{run}/registration"
 

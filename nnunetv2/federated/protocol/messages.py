@@ -1,6 +1,6 @@
-"""Every message that travels in a document, as models of protocol 1 that check themselves.
+"""The messages that travel in documents, as self-checking models of protocol 1.
 
-Each model is frozen, refuses unknown fields, and bounds every list and text, so that what has been parsed is
+Each model is frozen, refuses unknown fields, and bounds every list and text, so that a parsed message is
 small and finite. `api.py` has the messages that travel as plain JSON, `document.py` the bytes, `keys.py` where they go.
 """
 
@@ -82,7 +82,7 @@ def _at_most(most: int) -> BeforeValidator:
     def check(value: Any) -> Any:
         if isinstance(value, dict) and len(value) > most:
             raise ValueError(f"has {len(value)} entries, at most {most} are allowed")
-        if isinstance(value, dict):  # what has passed through Python is not JSON any more, to which a list is a tuple
+        if isinstance(value, dict):  # once through Python, values are not JSON any more, to which a list is a tuple
             return {name: tuple(one) if isinstance(one, list) else one for name, one in value.items()}
         return value
 
@@ -144,7 +144,7 @@ VoxelCounts = Annotated[
     FailFast(),
 ]
 OneOfSite = Annotated[dict[SiteName, Positive], Field(max_length=MAX_SITES)]
-"""The sites that take part, each with a 1. Before 2.8.1+fed.3, it was what each counts: so every site knew how many
+"""The sites that take part, each with a 1. Before 2.8.1+fed.3, it was the weight of each: so every site knew how many
 cases the others have, which the coordinator now keeps to itself."""
 Precision = Literal["float32", "float16", "int8"]
 """How weights travel in the rounds of a run."""
@@ -160,7 +160,7 @@ class Part(BaseModel):
 
 
 class Message(Part):
-    """Base of what a document can carry.
+    """Base of the messages that a document can carry.
 
     Children give `kind` one value, by which documents know them.
     """
@@ -197,13 +197,13 @@ class SignedKey(Part):
 
 
 class WithAdditions(Part):
-    """Base of what has got fields since protocol 1 began.
+    """Base of models that have got fields since protocol 1 began.
 
-    Those are left out while they say what they always meant.
+    These are left out while they have their default.
     """
 
     ADDED: ClassVar[tuple[str, ...]] = ()
-    """Names of these fields. A peer that does not know them yet does what they say by default."""
+    """Names of these fields. A peer that does not know them yet follows their defaults."""
 
     @model_serializer(mode="wrap")
     def _leave_defaults_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class WithAdditions(Part):
 
 
 class WithPrecision(WithAdditions):
-    """Base of what says how weights travel, and how often."""
+    """Base of models that say how weights travel, and how often."""
 
     ADDED: ClassVar[tuple[str, ...]] = ("precision", "exchange_every")
 
@@ -352,7 +352,7 @@ class TensorEntry(WithAdditions):
     dtype: Literal["F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"]
     shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**31)], ...], Field(max_length=8)]
     only_received: Literal[True] | None = None
-    """Set where the site cannot train it, and receives what others do: a class that it does not annotate."""
+    """Set where the site cannot train it, and receives it from others: a class that it does not annotate."""
 
 
 class TrainingData(WithAdditions):
@@ -396,9 +396,9 @@ class PrivacyDeclaration(Part):
     steps: Annotated[int, Field(ge=1, le=2**62)]
     """Of the whole training."""
     accountant: Text
-    """What epsilon was computed with, and its version."""
+    """The library that computed epsilon, and its version."""
     uncovered: Annotated[tuple[Text, ...], Field(max_length=16)] = ()
-    """What was made from the same patients and is not covered by epsilon, such as plans."""
+    """Outcomes from the same patients that epsilon does not cover, such as plans."""
 
 
 NEW_IN_REGISTRATION = ("network_trainer", "architecture", "pretrained_weights", "keys", "trust", "privacy")
@@ -439,7 +439,7 @@ class Registration(Message):
 
     @model_serializer(mode="wrap")
     def _leave_what_is_not_said_out(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A coordinator before 2.8.1+fed.4 does not know these fields, nor does an older list of what may leave.
+        # A coordinator before 2.8.1+fed.4 does not know these fields, nor does an older list of disclosures.
         return {
             name: value
             for name, value in serialize(self).items()
@@ -532,7 +532,7 @@ class Update(Message):
 
     kind: Literal["update"] = "update"
     metrics: Metrics = {}
-    """What the site has measured in this round by now. NaN becomes null."""
+    """The site's measurements in this round so far. NaN becomes null."""
     earlier: EarlierMetrics | None = None
 
 
@@ -570,7 +570,7 @@ class PooledValidation(Message):
     """The round, up to this one, with the highest moving average."""
     best_ema_dice: Finite | None
     dice_of_site: Annotated[dict[SiteName, tuple[Finite | None, ...]], Field(max_length=MAX_SITES)]
-    """For the coordinator's records and observers; empty in what sites receive, and so is the next."""
+    """For the coordinator's records and observers; empty in the message to the sites, and so is the next."""
     loss_of_site: Annotated[dict[SiteName, Finite | None], Field(max_length=MAX_SITES)]
 
 
@@ -579,7 +579,7 @@ class NextRound(Part):
 
     cohort: SiteNames
     weight_bits: Annotated[int, Field(ge=1, le=24)]
-    """Bits of the sum of what these sites count; of the number itself, more need not be known."""
+    """Bits of the sum of these sites' weights; more of the sum itself need not be known."""
     typical_change: Annotated[Finite, Field(ge=0)] | None = None
     """Root mean square of the changes of the round before, over its sites."""
 

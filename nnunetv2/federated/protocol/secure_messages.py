@@ -1,6 +1,6 @@
 """The messages of masked sums: masked vectors, survivors, confirmations, shares.
 
-Every sum takes three exchanges; see `privacy/secure_aggregation/protocol.py` for what is in them.
+Every sum takes three exchanges; see `privacy/secure_aggregation/protocol.py` for their contents.
 """
 
 from __future__ import annotations

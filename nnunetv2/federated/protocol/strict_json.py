@@ -52,9 +52,9 @@ def json_digest(value: Any) -> str:
 
 
 def validated(parse: Callable[[], T], what: str) -> T:
-    """Return what `parse` builds.
+    """Return the model that `parse` builds.
 
-    Raises WireError with the first thing that a model found wrong.
+    Raises WireError with the first error that a model found.
     """
     try:
         return parse()
@@ -100,7 +100,7 @@ def parse_json(
 
 
 def count_elements(data: bytes | bytearray | str) -> int:
-    """Count what a JSON text may at most hold: its opening brackets and its commas."""
+    """Count the opening brackets and commas, which bound the number of elements."""
     if isinstance(data, str):
         return sum(map(data.count, "[{,"))
     return sum(map(data.count, (b"[", b"{", b",")))
@@ -122,7 +122,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_depth(value: Any) -> None:
-    """Look at the containers layer by layer: what comes after this may well be recursive."""
+    """Refuse deep nesting, layer by layer: later code may well be recursive."""
     layer = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_DEPTH):
         if not layer:

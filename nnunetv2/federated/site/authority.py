@@ -59,7 +59,7 @@ def explain_untrusted(error: BaseException, url: str) -> FederationError:
 def _open_unverified(
     url: str, *, certificate: str | None = None, key: str | None = None, timeout_s: float = TIMEOUT_S
 ) -> http.client.HTTPResponse:
-    """Ask whoever answers at an address."""
+    """Send a request to a server without verifying it."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     if certificate is not None:

@@ -41,7 +41,7 @@ class SiteCredential:
     federation: str
     site: str
     token: str
-    """The bearer token `<site>.<secret>`. Whoever has it is the site."""
+    """The bearer token `<site>.<secret>`; its holder counts as the site."""
     insecure: bool = False
     """Whether someone has allowed plain HTTP beyond this machine."""
     authority: str | None = None
@@ -121,7 +121,7 @@ def load_credential(path: Path | None = None) -> SiteCredential:
 def _check_authority(authority: Path, credential: Path) -> None:
     """Check that a credential trusts one authority alone.
 
-    TLS would believe whatever else stands in the file.
+    TLS would trust every further certificate in the file.
 
     Earlier versions kept everything that the coordinator's address had answered when a site joined.
     """

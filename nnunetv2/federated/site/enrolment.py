@@ -51,7 +51,7 @@ def join(
         replace: Give up the credential of another federation, or of another name in this one.
         insecure: Allow plain HTTP to another machine.
         path: Where the credential is kept; see `credential_path`.
-        client_certificate: What this site shows to a coordinator that asks for certificates; PEM.
+        client_certificate: The site's certificate for a coordinator that asks for one; PEM.
         client_key: Its key, if that is in another file.
 
     Raises:
@@ -129,7 +129,7 @@ def _check_protection(invitation: Invitation, settings: api.FederationSettings) 
 def _fetch_authority(invitation: Invitation, pending: Path, certificate: str | None, key: str | None) -> Path:
     """Fetch the coordinator's private authority and save it beside the pending credential.
 
-    What is kept is the certificate whose fingerprint was compared, and nothing that came with it.
+    Only the certificate whose fingerprint was compared is kept, nothing that came with it.
 
     Raises:
         FederationError: It is not the one in the invitation, or not alone.
@@ -156,9 +156,9 @@ def _impostor(invitation: Invitation, why: str) -> FederationError:
 
 
 def _settle(credential: SiteCredential, pending: Path, path: Path) -> None:
-    """Put a credential that the coordinator has accepted, and its authority, in their places.
+    """Put an accepted credential, and its authority, in their places.
 
-    Only now is what was there before given up, which one that was refused leaves as it is.
+    Only now is the earlier credential given up; one that was refused leaves it as it is.
     """
     if credential.authority is not None:
         credential = dataclasses.replace(

@@ -111,11 +111,11 @@ def has_run_key(federation: str, gathering: str, credential_file: Path | None = 
 def run_key(federation: str, gathering: str, credential_file: Path | None = None) -> tuple[X25519PrivateKey, SignedKey]:
     """Return this site's key for one gathering, signed by its identity.
 
-    It is made the first time, and on the disk before this returns: whoever asks again, also after a crash, gets the
-    same one until it is forgotten.
+    It is made the first time, and on the disk before this returns. Later calls, also after a crash, return the same one
+    until it is forgotten.
 
     Args:
-        federation, gathering: What the signature binds it to, such as "runs/<run>/registration".
+        federation, gathering: Bound to the key by the signature; the latter such as "runs/<run>/registration".
 
     Raises:
         NotJoinedError: This site has no identity.

@@ -73,7 +73,7 @@ class MaskedRun:
         credential: Who this site is.
         settings: Those that the training obeys, and to which its masks are bound.
         run: Name of the run.
-        report: Told in a line what people at this site should know.
+        report: Receives lines for the people at this site.
         credential_file: Beside which this site keeps its identity, keys and outbox. None: that of this machine.
     """
 
@@ -101,7 +101,7 @@ class MaskedRun:
         self._expects_equal = True
         """Whether the networks of all sites are to be the same."""
         self._planned = b""
-        """Digest of what the pooled fingerprint has decided in the plans; empty if this site has planned alone."""
+        """Digest of the part of the plans that the pooled fingerprint decides; empty if this site has planned alone."""
         self._is_told_of_networks = False
         self._outbox = Outbox(secure_folder(credential.federation, f"runs/{run}", credential_file))
         self._registered: frozenset[str] = frozenset()
@@ -156,16 +156,16 @@ class MaskedRun:
         self._report(f"Run {self.run} begins anew, as {START_ANEW_VARIABLE} says: this site masks with another key")
 
     def forget(self) -> None:
-        """Forget the keys of a run that is over, and what was masked with them."""
+        """Forget the keys and masked documents of a run that is over."""
         self._outbox.drop_others(())
         forget_run_keys(self._credential.federation, f"runs/{self.run}", self._credential_file)
 
     def begin(self, match: messages.Match, registration: messages.Registration, registered: tuple[str, ...]) -> None:
-        """Take over what the sites of the run have in common.
+        """Check the match of the run's sites, and take it over.
 
         Args:
             match: With the keys of all sites so far.
-            registration: What this site has registered.
+            registration: The registration of this site.
             registered: Sites that were there when the run was registered; others were admitted.
 
         Raises:
@@ -235,7 +235,7 @@ class MaskedRun:
             self._is_told_of_networks = True
 
     def _training(self, cohort: Collection[str]) -> bytes:
-        """Return the digest of what decides how the sites of a cohort train, besides weights."""
+        """Return the digest of a cohort's training settings, plans and match."""
         return digest_of(self._settings, self._planned, match_digest(self.match, cohort))
 
     def _trust(self, signed: Mapping[str, messages.SignedKey]) -> None:
@@ -252,7 +252,7 @@ class MaskedRun:
         self._report(str(trusted))
 
     def _meet(self, cohort: tuple[str, ...]) -> None:
-        """Get to know the sites of a cohort that were admitted after this one had registered."""
+        """Add sites that were admitted later to the match; check their keys."""
         for site in cohort:
             if site not in self.match.keys:
                 with self.transport.result(keys.AdmissionKey(self.run, site)) as document:
@@ -261,7 +261,7 @@ class MaskedRun:
 
     # ---------------------------------------------------------------------------------------------------- rounds
     def note_aggregate(self, message: messages.Aggregate, weights: Weights) -> None:
-        """Remember what the next round starts from.
+        """Remember the aggregate that the next round starts from.
 
         Args:
             weights: As downloaded, under canonical names.
@@ -292,7 +292,7 @@ class MaskedRun:
             self._report(str(error))
             reason = error.code if error.code == "round_spent" else str(error)  # which may name a site
             self.transport.report_failure(self.run, number, reason)  # with a quorum, the others go on
-            document = self.transport.result(key)  # what this site has sent may be in it
+            document = self.transport.result(key)  # this site's update may be in it
         message = document.message
         assert isinstance(message, messages.Aggregate) and message.round is not None
         self.is_over |= message.round < number  # the operator has stopped it
@@ -311,7 +311,7 @@ class MaskedRun:
         return self._masking.unmask(upload_key, survivors_key, key, plan.sum, sent)
 
     def _plan(self, key: keys.RoundKey) -> RoundPlan | None:
-        """Return what is added up in a round; None if this site is not of its cohort."""
+        """Return the sums of a round; None if this site is outside its cohort."""
         if not self._aggregates:
             raise FederationError(f"{key}: this site does not know what the round starts from")
         start, values = self._aggregates[-1]
@@ -355,7 +355,7 @@ class MaskedRun:
         return found.__getitem__
 
     def _numbers(self, plan: RoundPlan, weights: Weights, update: messages.Update) -> dict[str, Fill]:
-        """Return what fills each lane of a round."""
+        """Return the function that fills each lane of a round."""
         _, start = self._aggregates[-1]
 
         def fill_group(name: str) -> Fill:
@@ -409,9 +409,9 @@ class MaskedRun:
     def send_validation(
         self, aggregate: messages.Aggregate, found: messages.Validation, *, is_last: bool
     ) -> str | None:
-        """Send the masked counts of a validation; return the reason of a failure.
+        """Send a validation's masked counts; return the reason of a failure.
 
-        Nobody waits for it: what unmasks the sum is sent with the next round, or here if there is none.
+        Nobody waits for it: the shares to unmask the sum are sent with the next round, or here if there is none.
         """
         number = aggregate.round
         assert number is not None

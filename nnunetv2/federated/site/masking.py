@@ -1,7 +1,7 @@
-"""Contribute to sums that hide what single sites contribute: three exchanges with the coordinator.
+"""Contribute to masked sums, in three exchanges with the coordinator.
 
-Knows numbers, keys and the coordinator as a `Transport`; what numbers mean is in `masked_run.py`. What must not happen
-twice, also after a crash, is in `outbox.py`.
+Knows numbers, keys and the coordinator as a `Transport`; the meaning of numbers is in `masked_run.py`. Steps that must
+not happen twice, also after a crash, are in `outbox.py`.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Masking:
         transport: The way to the coordinator.
         site: Name of this site.
         keys: Its secrets.
-        outbox: What it has masked, and promised.
+        outbox: Its masked documents and promises.
     """
 
     def __init__(self, transport: Transport, *, site: str, keys: SiteKeys, outbox: Outbox) -> None:
@@ -79,13 +79,13 @@ class Masking:
         *,
         patience_s: float | None = None,
     ) -> frozenset[str]:
-        """Mask the numbers of this site, unless that was done before, and send them.
+        """Mask this site's numbers, unless done before, and send them.
 
         Args:
             key: Of the masked vectors.
-            found: What is added up.
-            numbers: Lane -> what fills its words. Called once, before anything leaves.
-            weight: What this site counts.
+            found: The sum to contribute to.
+            numbers: Lane -> function that fills its words. Called once, before anything leaves.
+            weight: The weight of this site.
             patience_s: See `Transport.contribute`.
 
         Returns:
@@ -116,7 +116,7 @@ class Masking:
         numbers: Mapping[str, Fill],
         weight: int,
     ) -> Document[MaskedUpdate]:
-        """Mask lane by lane, and write what is masked to the outbox."""
+        """Mask lane by lane, and write the document to the outbox."""
         shared = protocol.share_keys(found.cohort, self.site, self.keys.private_key, lanes, found.common(self.site))
 
         def masked(lane: protocol.Lane) -> np.ndarray:
@@ -143,9 +143,9 @@ class Masking:
         *,
         wait_s: float | None = None,
     ) -> Document[R]:
-        """Wait for the survivors, confirm them, give this site's shares, and return the result.
+        """Wait for survivors, confirm them, give shares, and return the result.
 
-        Where the run has gone on without this site, or was stopped, that is all it gets.
+        Where the run has gone on without this site, or was stopped, it only gets the result.
 
         Args:
             sent: Names of the lanes that this site has sent, as `upload` has returned them.

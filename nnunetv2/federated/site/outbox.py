@@ -1,10 +1,10 @@
 """Keep masked documents until they have counted, and promises for good.
 
     outbox/<exchange>.safetensors    a masked document, from before its first byte leaves until its sum is known
-    spent.jsonl                      a line per promise, appended and on the disk before what it is about leaves
+    spent.jsonl                      a line per promise, on the disk before the promised document or shares leave
 
 Two masks over two values would show their difference, and shares for two sets of survivors both seeds of a site. So a
-masked document is made once: whatever happens, the same bytes are sent again. And a site answers for one set of
+masked document is made once: also after a crash, the same bytes are sent again. And a site answers for one set of
 survivors per exchange, ever. That holds for several processes of one site together, such as one that was started twice.
 """
 
@@ -33,7 +33,7 @@ Promise = Literal["masked", "answered", "closed", "anew"]
 
 @dataclass(frozen=True)
 class _Line:
-    """One promise: what was masked for an exchange, for which survivors shares are given, that it is over."""
+    """One promise: an exchange's mask context, its survivors, or its end."""
 
     kind: Promise
     exchange: str
@@ -47,7 +47,7 @@ class Outbox:
         folder: Of this run alone; made if it is not there.
 
     Raises:
-        FederationError: What was promised cannot be read.
+        FederationError: The promises cannot be read.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -124,7 +124,7 @@ class Outbox:
             )
 
     def check_context(self, exchange: str, context: str) -> None:
-        """Raise RefusedError, `round_spent`, if what is held was masked in another context."""
+        """Raise RefusedError, `round_spent`, if the held document has another context."""
         with self._alone():
             self._check_context(exchange, context)
 
@@ -171,7 +171,7 @@ class Outbox:
     def start_anew(self) -> None:
         """Let exchanges of the same names come again, with other keys.
 
-        A person says so. What was masked in one context is never masked in it again all the same.
+        A person has to say so. All the same, nothing is masked twice in one context.
         """
         with self._alone():
             for path in self._documents.glob("*.safetensors"):
@@ -180,7 +180,7 @@ class Outbox:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep other processes from changing anything for the block, and know what they have promised."""
+        """Lock out other processes for the block, and load all promises."""
         with locked(self._folder / LOCK_FILE):
             self._lines = self._load()
             yield
@@ -212,7 +212,7 @@ class Outbox:
         except FileNotFoundError:
             return []
         whole, _, torn = content.rpartition("\n")
-        if torn:  # the machine went down while it was written, so what it is about has not left
+        if torn:  # the machine went down while it was written, so nothing that it promises has left
             with path.open("r+b") as file:
                 file.truncate(len(content.encode()) - len(torn.encode()))
         try:

@@ -34,7 +34,7 @@ Weights = Mapping[str, np.ndarray]
 """Local name -> array: float32, or as they came from the coordinator, which may be float16."""
 EVERY_EPOCH = Rounds()
 FINISHING_PATIENCE_S = 20.0
-"""How long to wait for other sites with what nobody waits for; as a rule, all have sent it."""
+"""How long to wait for other sites in unmasking a validation; as a rule, all have sent their parts."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Participant:
         run: Name of the run, see `keys.run_name`.
         credential: Who this site is; needed where updates are masked.
         credential_file: Where that is; None: the one of this machine.
-        report: Told in a line what people at this site should know.
+        report: Receives lines for the people at this site.
     """
 
     def __init__(
@@ -80,10 +80,10 @@ class Participant:
         self.run = run
         self.match: messages.Match | None = None
         self._tensors: dict[str, messages.TensorEntry] = {}
-        """Local name -> what this site has registered."""
+        """Local name -> entry of this site's registration."""
         self._codec: UpdateCodec = Float32()
         self._rests_due: int | None = None
-        """The round whose update is to bring what rounding has taken; None where that is not known."""
+        """The round whose update is to bring the rounding errors; None where that is not known."""
         self._received: str | None = None
         """SHA-256 of the aggregate that came last, as it travelled, where changes of it may come next."""
         self._credential = credential
@@ -198,7 +198,7 @@ class Participant:
                 saved its weights before an exchange that did not come about trains that round again.
             weights: Its present weights. Where the run has not begun, those that this site owns become everybody's.
             staleness: By how many more rounds a site may be ahead, because it trains on while a round is exchanged.
-                What such a site has sent it does not know any more, so it begins the open round again.
+                Such a site no longer knows the update that it has sent, so it begins the open round again.
             rounds: The epochs of a round.
             num_epochs: The epochs of the run, after the last of which its last round ends, however short it is.
 
@@ -242,13 +242,13 @@ class Participant:
         return Position(epoch if is_within else first_epoch, average, is_within=is_within, is_over=state.closed)
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> tuple[Weights, messages.Aggregate]:
-        """Exchange the shared weights of a round; return the aggregate under local names.
+        """Exchange a round's shared weights; return the aggregate under local names.
 
         It may be that of another round, as its message says: of a later one if this site was late, of an earlier one
         if the operator has stopped the run.
 
         Args:
-            update: What travels with the weights.
+            update: The message that travels with the weights.
 
         Raises:
             NonFiniteError: The weights hold NaN or infinity; nothing was sent.
@@ -275,7 +275,7 @@ class Participant:
         if self._masked is None and self.site in document.message.contributors:
             if is_counted:
                 self._codec.settle()
-            else:  # another update has brought the rests before, and what rounding took from it nobody knows any more
+            else:  # another update has brought the rests before, and its own rounding errors are lost
                 self._codec.forget_rests()
         self._rests_due = None if document.message.round is None else document.message.round + 1
         answer = self._read(document), document.message
@@ -285,9 +285,9 @@ class Participant:
         return answer
 
     def _report_kept(self, average: messages.Aggregate) -> None:
-        """Say so when tensors of this site keep their values, or no longer do, since few of their sites are left.
+        """Report shared tensors that keep their values, or no longer do.
 
-        Sites that were admitted later may have any of them.
+        They keep them while too few of their sites take part. Sites that were admitted later may have any of them.
         """
         if self.settings is None or not average.contributors:
             return
@@ -341,7 +341,7 @@ class Participant:
         update = self._under_canonical_names(weights, owned)
         check_finite(update)
         if not self._codec.is_relative:
-            self._codec.encode(update)  # raises for what could not come back
+            self._codec.encode(update)  # raises for values that could not come back
         return self._read(self.transport.exchange(key, messages.Update(), update))
 
     def _explained(self, error: RefusedError) -> FederationError:
@@ -411,19 +411,19 @@ class Participant:
         return sum(spec.nbytes for spec in self._codec.specs(specs).values()) / 1e6
 
     def rests(self) -> tuple[dict[str, np.ndarray], int | None]:
-        """Return what an update has to bring yet, and of which round, for a checkpoint."""
+        """Return the rounding errors still due, and their round, for a checkpoint."""
         return self._codec.rests(), self._rests_due
 
     def take_over(self, rests: Mapping[str, np.ndarray], due: int | None) -> None:
-        """Go on with the rests of a checkpoint, after `register` and before `start`."""
+        """Restore a checkpoint's rounding errors, after `register` and before `start`."""
         self._codec.take_over({name: values for name, values in rests.items() if name in self.local_names})
         self._rests_due = due
 
     def _drop_rests_that_came(self, last: messages.Aggregate) -> None:
-        """Forget the rests of a checkpoint if the update that brought them has counted, or may have.
+        """Forget a checkpoint's rounding errors if their update may have counted.
 
-        Its site was ended before it knew, and what rounding took from that update is lost. Of a round before the last
-        one, nobody tells any more who took part.
+        The site was ended before it knew, and the rounding errors of that update are lost. Who took part in a round
+        before the last one is no longer known.
         """
         due = self._rests_due
         if last.round is None or due is None:
@@ -448,7 +448,7 @@ def check_match(match: messages.Match, site: str, tensors: Mapping[str, messages
     round with values that nobody else compares.
 
     Args:
-        tensors: Its own name -> what it has registered.
+        tensors: Its own name -> registered entry.
     """
     shared = [*match.received_by(site).values()]
     unknown = sorted(name for name in shared if name not in tensors or tensors[name].dtype not in SHAREABLE)

@@ -24,7 +24,7 @@ from nnunetv2.federated.protocol.secure_fingerprint_messages import (
 from nnunetv2.federated.protocol.secure_messages import MAX_GROUPS, Confirmation, MaskedUpdate, UnmaskingShares
 
 A_DIGEST, A_KEY, A_SIGNATURE = "0" * 64, "0" * 64, "0" * 128
-"""Stand for what is made when it is sent."""
+"""Stand for values that are made on sending."""
 MAX_BINS = 6
 MANY_CASES = 10_000
 """Of all sites together, for which room is planned: how many they have is not known here."""
@@ -39,12 +39,12 @@ def a_signed_key() -> messages.SignedKey:
 def masked_documents(
     when: str, lanes: Mapping[str, tuple[str, int]], *, sums_tell: str, most_lanes: int | None = None
 ) -> list[Disclosure]:
-    """Return the documents of some sums that are made together, each of them once.
+    """Return the documents of sums that are made together, each once.
 
     Args:
         when: Such as "planning".
         lanes: Name of the sum -> dtype of its words, and how many numbers are added up.
-        sums_tell: What the coordinator can read of the sums.
+        sums_tell: The information that the sums give the coordinator, as a sentence.
         most_lanes: How many sums there may be, where that is not known yet.
     """
     seeds = MAX_SITES * (most_lanes or len(lanes))

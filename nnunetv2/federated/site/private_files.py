@@ -13,7 +13,7 @@ from nnunetv2.utilities.atomic_write import flush_to_disk, replacing
 from nnunetv2.utilities.file_lock import lock_file
 
 LOCK_PATIENCE_S = 60.0
-"""Whoever holds the lock writes a small file: longer takes only a process that was stopped."""
+"""The holder of the lock writes a small file: only a stopped process takes longer."""
 
 
 def write_private(path: Path, content: bytes) -> None:

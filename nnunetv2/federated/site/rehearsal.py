@@ -1,7 +1,7 @@
 """Rehearse a round with bytes without content, and measure the line.
 
-Bytes take the way of weights. The headers announce the whole size, so that whatever bounds bodies on the way shows,
-also on lines too slow to carry all of it within the time that there is.
+Bytes take the way of weights. The headers announce the whole size, so that size limits on the way show, also on lines
+too slow to carry all of it within the time that there is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SMALL_BYTES = 64 << 10
 GROWTH = 8
 """By which one body is larger than the one before."""
 BLOCK_BYTES = 1 << 20
-"""Random bytes that a body repeats; too many for what compresses on the way."""
+"""Random bytes that a body repeats; too many for compression on the way."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +115,9 @@ def send(transport: HttpTransport, size: int, *, limit_s: float) -> Passage:
 
 
 def measure_upload(transport: HttpTransport, size: int, *, limit_s: float) -> Passage:
-    """Send ever larger bodies, up to a size, and return the passage of the last.
+    """Send ever larger bodies, up to a size; return the last passage.
 
-    Only bodies that have arrived tell a speed: what was handed to the system may still be on its way.
+    Only bodies that have arrived tell a speed: bytes handed to the system may still be on their way.
 
     Raises:
         NoAnswerError: One did not arrive, or something on the way refused it.
@@ -151,7 +151,7 @@ def fetch(transport: HttpTransport, size: int, *, limit_s: float) -> Passage:
 
 @contextmanager
 def _broken_off_after(received: Callable[[], int]) -> Iterator[None]:
-    """Say how much had come when a download broke."""
+    """Add the received bytes to the error of a broken download."""
     try:
         with translated_errors():
             yield

@@ -1,6 +1,6 @@
 """Check the results that a coordinator sends.
 
-What depends on the kind of exchange is in its step: kind and size of a result, the round of an aggregate. Names,
+Checks that depend on the kind of exchange are in its step: kind and size of a result, the round of an aggregate. Names,
 shapes, dtypes and values of weights are checked by `participant.Participant`, which knows the network.
 """
 
@@ -40,7 +40,7 @@ class ResultSizes:
             self._weights[key.run] = weights_bytes(message)
 
     def lacks(self, key: Key) -> bool:
-        """Tell whether what is registered under this key is not known yet."""
+        """Tell whether the network registered under this key is still unknown."""
         return (
             isinstance(key, RunKey)
             and step_of(key).contribution is messages.Registration

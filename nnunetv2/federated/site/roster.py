@@ -78,10 +78,10 @@ def roster_path(credential_file: Path | None = None) -> Path:
 
 
 def load_roster(federation: str, credential_file: Path | None = None) -> Roster:
-    """Return the roster that this site remembers of a federation, empty at first.
+    """Return this site's roster of a federation, empty at first.
 
     Raises:
-        FederationError: The file cannot be read: whoever damaged it may want a site to forget.
+        FederationError: The file cannot be read: the damage may be meant to make a site forget.
     """
     path = roster_path(credential_file)
     try:
@@ -98,7 +98,7 @@ def load_roster(federation: str, credential_file: Path | None = None) -> Roster:
 
 @contextmanager
 def _changing(federation: str, credential_file: Path | None) -> Iterator[_Change]:
-    """Yield what this site remembers, and save what the block makes of it."""
+    """Yield the roster, and save it if the block changes it."""
     with locked(beside(credential_file, ".lock")):
         change = _Change(load_roster(federation, credential_file))
         before = change.roster
@@ -133,7 +133,7 @@ def trusted_keys(
         RefusedError: `run_key_forged`: a key is not signed by the identity beside it. `identity_changed`: a site, or
             this one, has another identity than is known here. `identity_repeated`: two sites have one, or one key.
             `roster_unverified`: people have not compared one that is needed.
-        FederationError: What this site remembers cannot be read, or `nnUNet_fed_trust` is neither of its values.
+        FederationError: The roster cannot be read, or `nnUNet_fed_trust` is neither of its values.
     """
     mode = trust_mode()
     identities = {site: key.identity for site, key in keys.items()}
@@ -205,7 +205,7 @@ def _check_verified(identities: Mapping[str, str], roster: Roster) -> None:
 def verify(
     identities: Mapping[str, str], typed: str, credential: SiteCredential, credential_file: Path | None = None
 ) -> None:
-    """Remember that people have compared a roster, in place of what was pinned before.
+    """Record that people have compared these identities, replacing pinned ones.
 
     Args:
         identities: Name -> identity, as the coordinator tells them now.

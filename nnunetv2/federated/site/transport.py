@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nnunetv2.federated.site.credential import SiteCredential
 
 VALIDATION_PATIENCE_S = 120.0
-"""How long to try to deliver what nobody waits for."""
+"""How long to try to deliver a validation, which nobody waits for."""
 
 
 class Transport(Protocol):
@@ -38,7 +38,7 @@ class Transport(Protocol):
         since: str | None = None,
         told: Callable[[bool], object] = ...,
     ) -> Document[R]:
-        """Contribute to an exchange, wait until it is closed, and return its result.
+        """Contribute to an exchange, and return its result once it closes.
 
         Idempotent: after a crash the same call goes on where it was. The result stays open until the next exchange.
 
@@ -89,7 +89,7 @@ class Transport(Protocol):
         """Contribute to an exchange whose result this site does not wait for.
 
         Args:
-            patience_s: Seconds after which a coordinator that is away is given up; by default what the site has set.
+            patience_s: Seconds after which a coordinator that is away is given up; by default the site's setting.
         """
         ...
 
@@ -114,7 +114,7 @@ def open_transport(credential: SiteCredential, report: Callable[[str], object]) 
     """Open the transport that the scheme of the coordinator's address asks for.
 
     Args:
-        report: Receives a line of progress whenever what the site waits for changes.
+        report: Receives a line of progress at every change, such as of the awaited sites.
 
     Raises:
         FederationError: There is no transport for that scheme, or plain HTTP is not allowed to that machine.

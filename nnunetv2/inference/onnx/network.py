@@ -13,12 +13,12 @@ from nnunetv2.inference.onnx.metadata import ModelDescription, OnnxFileError, de
 from nnunetv2.utilities.device import usable_cpu_count
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-"""Devices, and what onnxruntime calls them."""
+"""Devices, and their names in onnxruntime."""
 _ERRORS_ONLY = 3
 
 
 class OnnxNetwork:
-    """The network of an ONNX file, and what the file says about it.
+    """The network of an ONNX file, and its description in the file.
 
     Args:
         device: A key of `PROVIDERS`.

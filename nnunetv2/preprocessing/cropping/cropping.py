@@ -30,7 +30,7 @@ def crop_to_nonzero(
 ) -> tuple[np.ndarray, np.ndarray, BoundingBox]:
     """Crop to the smallest box around all voxels that are not zero.
 
-    What in it is outside is marked in `seg`.
+    Voxels of the box outside of the nonzero mask are marked in `seg`.
 
     Args:
         data: Images `(c, x, y, z)`. An image of zeros only keeps its extent.

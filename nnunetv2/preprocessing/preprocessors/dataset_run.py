@@ -1,7 +1,4 @@
-"""Gather what preprocessing a dataset takes and depends on.
-
-For one configuration.
-"""
+"""Gather the inputs of preprocessing a dataset for one configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# What networks and training need. All other entries of plans count, also those that only a user's preprocessor knows.
+# For networks and training. All other entries of plans count, also those that only a user's preprocessor knows.
 _WITHOUT_INFLUENCE = {
     "configurations",
     "plans_name",
@@ -109,7 +106,7 @@ def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_ident
     dataset_json = _read_planned_dataset_json(preprocessed_folder, raw_folder)
     files = list_training_cases(raw_folder, preprocessed_folder, dataset_json)
     _require(len(files) > 0, f"the dataset {raw_folder} has no training cases")
-    # The name comes from the plans, maybe from elsewhere, and what it names is emptied.
+    # The name comes from the plans, maybe from elsewhere, and its folder is emptied.
     name = configuration_manager.data_identifier
     _require(
         Path(name).name == name and name not in (".", ".."),
@@ -125,7 +122,7 @@ def find_run(dataset_name_or_id: int | str, configuration_name: str, plans_ident
 
 
 def digest_ingredients(run: DatasetRun, preprocessor: object) -> dict[str, str]:
-    """Return digests of all that decides what a case becomes, beside its files.
+    """Return digests of everything that decides a case's result, beside its files.
 
     Equal ones give equal results.
     """

@@ -1,4 +1,4 @@
-"""Turn raw cases into what networks see: transposed, cropped, normalized and resampled arrays."""
+"""Turn raw cases into network inputs: transposed, cropped, normalized and resampled arrays."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class DefaultPreprocessor:
     """The preprocessing that plans name by default; subclasses may override any of its methods.
 
     Args:
-        verbose: Log what happens to each case.
+        verbose: Log the steps of each case.
     """
 
     def __init__(self, verbose: bool = True):
@@ -62,7 +62,7 @@ class DefaultPreprocessor:
         Args:
             data: Images `(c, x, y, z)`.
             seg: Labels `(1, x, y, z)` or None.
-            properties: Needs `spacing`. What later steps need to know of the cropping is added to it.
+            properties: Needs `spacing`. The cropping is added to it, for later steps.
 
         Returns:
             (images float32, labels int8 or int16, `properties`). Labels are -1 outside the non-zero region; without a
@@ -109,7 +109,7 @@ class DefaultPreprocessor:
     def _crop(
         data: np.ndarray, seg: np.ndarray | None, properties: dict, transpose: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray, list[float]]:
-        """Transpose and crop a case, and note in `properties` what was done.
+        """Transpose and crop a case, and note the cropping in `properties`.
 
         Returns:
             (images as a new float32 array, new labels, spacing of the transposed axes).
@@ -120,7 +120,7 @@ class DefaultPreprocessor:
         data, seg, bbox = crop_to_nonzero(data, None if seg is None else seg.transpose(axes))
         properties["bbox_used_for_cropping"] = bbox
         properties["shape_after_cropping_and_before_resampling"] = data.shape[1:]
-        # C order: a copy that keeps the order of a transposed array in memory would slow down what follows
+        # C order: a copy that keeps the order of a transposed array in memory would slow down later steps
         return data.astype(np.float32, order="C"), seg, [properties["spacing"][axis] for axis in transpose]
 
     def run_case(
@@ -241,7 +241,7 @@ class DefaultPreprocessor:
             )
             voxels = data[channel]
             normalized = normalizer.run(voxels, seg[0])
-            if normalized is not voxels:  # ours overwrite what they are given
+            if normalized is not voxels:  # ours overwrite their argument
                 data[channel] = normalized
         return data
 
@@ -330,7 +330,10 @@ def _check_case(data: np.ndarray, seg: np.ndarray | None, properties: dict) -> N
 
 
 def _classes_to_sample(label_manager: LabelManager) -> list:
-    """Return what training may centre patches on: foreground and, with sparse labels, all that is annotated."""
+    """Return the classes to centre patches on.
+
+    With sparse labels, all annotated classes together are one more.
+    """
     if label_manager.has_regions:
         classes = list(label_manager.foreground_regions)
     else:

@@ -16,7 +16,7 @@ from nnunetv2.errors import InvalidInputError
 Region = Sequence[int]
 Locations = Mapping["int | tuple[int, ...]", "np.ndarray | list"]
 
-# Voxels looked at together: few enough for the caches, and what is sorted stays small.
+# Voxels looked at together: few enough for the caches, and for short lists to sort.
 _SLAB_VOXELS = 2**20
 
 

@@ -38,8 +38,8 @@ def resample_torch_simple(
     Args:
         num_threads: Torch threads for this call.
         device: Where to compute. A tensor comes back to the device it came from.
-        memefficient_seg_resampling: Hold one label's indicator at a time; a label needs more than half of a voxel, what
-            no label wins becomes 0.
+        memefficient_seg_resampling: Hold one label's indicator at a time; a label needs more than half of a voxel,
+            voxels that no label wins become 0.
         mode: Of `torch.nn.functional.interpolate`; "linear" fits the number of axes.
 
     Returns:

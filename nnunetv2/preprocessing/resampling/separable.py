@@ -67,7 +67,7 @@ def gather(array: np.ndarray, indices: Sequence[np.ndarray]) -> np.ndarray:
     def growth(axis: int) -> float:
         return len(indices[axis]) / max(1, array.shape[axis])
 
-    for axis in sorted(range(array.ndim), key=growth):  # what shrinks the array goes first
+    for axis in sorted(range(array.ndim), key=growth):  # axes that shrink the array go first
         array = array.take(indices[axis], axis=axis)
     return array
 

@@ -2,7 +2,7 @@
 
 A worker that fails is noticed at once.
 
-What flows:
+The flow of batches:
 
     workers --- process queue ---> forwarding thread (pins memory) --- short thread queue ---> next()
 
@@ -40,7 +40,7 @@ from nnunetv2.utilities.worker_traceback import WorkerTracebackError
 REACTION_TIME_S = 0.2
 """How long anyone waits before looking whether the others still live. Batches are handed over without this delay."""
 NUM_READY_BATCHES = 2
-MAX_REPORT_LENGTH = 8000  # well below what a pipe takes without a reader
+MAX_REPORT_LENGTH = 8000  # well below the capacity of a pipe without a reader
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 LARGEST_KEPT_ARRAY, LARGEST_KEPT_HEAP = 32 * 2**20, 512 * 2**20  # bytes; glibc allows no more than the first
@@ -104,7 +104,7 @@ def build_augmenters(
 
 
 class _Channels(NamedTuple):
-    """What a worker shares with the process that started it."""
+    """The queues and events that a worker shares with its starting process."""
 
     batches: Any
     failures: Any
@@ -211,7 +211,7 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
 
         Raises:
             RuntimeError: A worker failed or died, or a batch could not be received. The workers are shut down; the
-                message says what happened.
+                message has the cause.
         """
         if not self.initialized:
             self._start()
@@ -230,7 +230,7 @@ class WorkerAugmenter(NonDetMultiThreadedAugmenter):
         return bool(multiprocessing.connection.wait([process.sentinel for process in self._processes], timeout_s))
 
     def _raise_failure(self) -> NoReturn:
-        """End all workers, and say what is known about why one of them failed; its traceback is the error's cause."""
+        """End all workers; raise an error with their reports and tracebacks."""
         self._wait_for_exit(REACTION_TIME_S)  # one that has just reported may still be on its way out
         reports, tracebacks = [], []
         while not self._failures.empty():
@@ -278,7 +278,7 @@ def _produce(channels: _Channels, loader: Iterator[dict], transform: Any, worker
 
 
 def _report_failure(channels: _Channels, fault: str, error: Exception) -> None:
-    """Write down what went wrong and the traceback of the error being handled; tell everybody to stop."""
+    """Report a fault with the current traceback; tell all processes to stop."""
     report = f"{fault}: {type(error).__name__}: {error}"[:MAX_REPORT_LENGTH].rstrip(": ")
     channels.failures.put((report, traceback.format_exc()[-MAX_REPORT_LENGTH:]))
     channels.abort.set()

@@ -29,7 +29,7 @@ def get_patch_size(
     """Return the size of the patch to load, int, per axis.
 
     Args:
-        final_patch_size: What the network sees, two or three axes.
+        final_patch_size: Size of the network's input, two or three axes.
         rot_x, rot_y, rot_z: Rotation about each axis in radians, a number or a range. In 2D only `rot_x` counts.
         scale_range: Range of the zoom; its smallest value asks for the most voxels.
     """

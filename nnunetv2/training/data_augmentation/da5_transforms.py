@@ -1,7 +1,7 @@
 """Build the stronger of the two augmentations, DA5.
 
-Beside what the default augmentation does it turns patches by right angles, exchanges axes, filters, blanks rectangles,
-sharpens, and changes brightness and gamma locally. Samples and their order of axes are those of `default_transforms`.
+Beside the default steps it turns patches by right angles, exchanges axes, filters, blanks rectangles, sharpens, and
+changes brightness and gamma locally. Samples and their order of axes are those of `default_transforms`.
 """
 
 from __future__ import annotations

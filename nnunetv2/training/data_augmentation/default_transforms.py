@@ -1,7 +1,7 @@
 """Build the default augmentation of training and validation patches.
 
 Transforms take and return a dict with `image` `(c, *spatial)` float32 and `segmentation` `(c, *spatial)`, one sample at
-a time. Their order matters: -1 marks what lies outside the image until its voxels are masked and it becomes background.
+a time. Their order matters: -1 marks voxels outside the image until they are masked and become background.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PatchGeometry(NamedTuple):
     dummy_2d: bool
     """Turn and scale within slices only: across them the patch is too thin."""
     initial_patch_size: np.ndarray
-    """What is loaded, int, so that a turned patch lies within it."""
+    """The size to load, int, so that a turned patch lies within it."""
     mirror_axes: tuple[int, ...]
     """Spatial axes along which patches are mirrored."""
 
@@ -95,7 +95,7 @@ def build_training_transforms(
     """Build the default augmentation of training patches.
 
     Args:
-        patch_size: What the network sees.
+        patch_size: Size of the network's input.
         deep_supervision_scales: The size of each target as a share of the patch; None for a single target.
         use_mask_for_norm: Per channel, whether voxels outside the image's own content are to be set to 0.
         foreground_labels: Needed for a cascade: the labels that the previous stage predicts.
@@ -118,7 +118,7 @@ def build_validation_transforms(
     regions: Regions | None = None,
     ignore_label: int | None = None,
 ) -> ComposeTransforms:
-    """Build what turns a validation patch into input and targets, without any augmentation."""
+    """Build the transforms from validation patches to input and targets, without augmentation."""
     transforms = previous_stage_transforms(is_cascaded, foreground_labels, augment=False)
     return ComposeTransforms(transforms + target_transforms(deep_supervision_scales, regions, ignore_label))
 

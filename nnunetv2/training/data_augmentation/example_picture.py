@@ -35,7 +35,7 @@ class Sample(NamedTuple):
     image: np.ndarray
     """`(c, *spatial)`."""
     masks: dict[str, np.ndarray]
-    """What is where, by name: a bool map `(*spatial)` per label or region that occurs."""
+    """Name -> bool map `(*spatial)`, per label or region that occurs."""
 
 
 class View(NamedTuple):
@@ -69,7 +69,7 @@ def save_augmentation_examples(
         batches: As the data loader gives them: `data` `(b, c, *spatial)`; `target` a label map `(b, 1, *spatial)`, or a
             bool map per region `(b, r, *spatial)`, or a list of targets, full resolution first; `keys` if known.
         spacing: Of the voxels, one per spatial axis, so that slices are drawn in their true proportions.
-        names: What labels (ints) are called; in a training with regions, what regions are called, by their number.
+        names: Names of labels (ints); in a training with regions, names of regions, by their number.
     """
     samples = [sample for batch in batches for sample in _unpack(batch, names or {})]
     if not samples:

@@ -59,7 +59,7 @@ def blur(image: np.ndarray, kernels: list[np.ndarray]) -> np.ndarray:
     result = np.empty(image.shape, np.float32)
     spare = np.empty(image.shape[1:], np.float32)
     for index, plane in enumerate(result):
-        # Slice by slice, so that what is worked on stays in the cache.
+        # Slice by slice, so that the working set stays in the cache.
         np.multiply(image[index], first[radius], out=plane)
         for step in range(1, radius + 1):
             before, after = (_reflect(index + sign * step, length) for sign in (-1, 1))

@@ -1,7 +1,8 @@
 """Import a module without the libraries that it rarely needs.
 
 The spatial transform of batchgeneratorsv2 imports pandas and scipy.ndimage for one function each, which our affine
-transforms never call. The two take half a second: a third of what a training needs besides torch until its first step.
+transforms never call. The two take half a second: a third of the time until the first step of a training, besides
+torch.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class BoundarySpatialTransform(SpatialTransform):
     The time does not grow with the number of labels, as only the boundaries between them are interpolated. Elastic
     deformation, and other settings than linear interpolation with constant padding, are left to the library.
 
-    `apply` takes what `get_parameters` returned. Two more parameters, `source_shape` and `source_start`, tell that the
+    `apply` takes the result of `get_parameters`. Two more parameters, `source_shape` and `source_start`, tell that the
     image and the labels are but a box of a larger patch, the part that `needed_box` asks for.
     """
 

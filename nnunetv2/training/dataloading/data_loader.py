@@ -64,11 +64,11 @@ class nnUNetDataLoader(DataLoader):
     Args:
         data: Where cases come from; all of its identifiers are drawn with the same chance, or with
             `sampling_probabilities`.
-        patch_size: What is read, two or three axes; large enough for what the transforms do.
-        final_patch_size: What the transforms leave of it, and the network sees.
+        patch_size: Size of the patches that are read, two or three axes; large enough for the transforms.
+        final_patch_size: Size after the transforms, that of the network's input.
         label_manager: Tells whether parts of the images are not annotated (ignore label).
         oversample_foreground_percent: Share of the patches that hold a voxel of a class drawn at random.
-        pad_sides: Voxels per axis that patches may reach beyond the image, in addition to what rotation needs.
+        pad_sides: Voxels per axis that patches may reach beyond the image, in addition to those for rotation.
         probabilistic_oversampling: Toss a coin for each patch, instead of taking the last ones of each batch.
         transforms: Called with `image` and `segmentation`; also converts targets.
     """
@@ -120,7 +120,10 @@ class nnUNetDataLoader(DataLoader):
         self.transforms = transforms
 
     def _with_slice_axis(self, lengths: Sequence[int], slices: int) -> Sequence[int]:
-        """Give 2D sizes a first axis, as cases always have three. Others stay what they are, such as arrays."""
+        """Give 2D sizes a first axis, as cases always have three.
+
+        Other sizes stay as they are, such as arrays.
+        """
         return (slices, *lengths) if self.patch_size_was_2d else lengths
 
     def get_do_oversample(self, sample_idx: int) -> bool:

@@ -2,7 +2,7 @@
 
 A patch that may be turned is loaded larger than the network sees it: 205 voxels per axis for 128, which is 4 times as
 many. Two thirds of the patches are neither turned nor scaled in the end, only cropped to the middle. The spatial
-transform draws its parameters from the shape of what it is given alone, so it can be asked first.
+transform draws its parameters from the shape of its input alone, so it can be asked first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class SpatialStep(NamedTuple):
     before: list[BasicTransform]
     spatial: SpatialTransform
     after: list[BasicTransform]
-    """What undoes `before`."""
+    """The step or steps that undo `before`."""
     rest: list[BasicTransform]
 
 
@@ -76,7 +76,7 @@ def central_box(lower: Sequence[int], upper: Sequence[int], size: Sequence[int])
 def read_and_transform(
     step: SpatialStep, read: ReadBox, lower: Sequence[int], upper: Sequence[int], image_shape: Sequence[int]
 ) -> dict:
-    """Draw the spatial transform, read what it needs of a box, and apply the pipeline.
+    """Draw the spatial transform, read the voxels it needs, apply the pipeline.
 
     The random numbers and the outcome are those of reading the whole box and calling the pipeline.
 

@@ -16,11 +16,11 @@ import torch
 
 
 class ClippedSum:
-    """Sum of what the patients of a lot add, each clipped to a norm.
+    """Sum of the gradients of a lot's patients, each clipped.
 
     Args:
         parameters: Of the network; those that are not trained are left out.
-        clip_norm: Largest L2 norm of what one patient adds, over all parameters together.
+        clip_norm: Largest L2 norm of one patient's gradient, over all parameters together.
     """
 
     def __init__(self, parameters: Iterable[torch.nn.Parameter], *, clip_norm: float) -> None:
@@ -48,7 +48,7 @@ class ClippedSum:
 
         Args:
             sigma: Standard deviation of the noise, in clipping norms.
-            lot: Patients of a lot on average, by which the sum is divided whoever was drawn.
+            lot: Patients of a lot on average, by which the sum is divided for every draw.
         """
         for parameter, total in zip(self.parameters, self.total):
             noise = standard_normal_like(total, generator)
@@ -65,7 +65,7 @@ def standard_normal_like(tensor: torch.Tensor, generator: np.random.Generator) -
 def _norm(gradients: list[torch.Tensor]) -> float:
     if not gradients:
         return 0.0
-    # In double precision: what is clipped must not exceed the norm by a rounding error of millions of additions.
+    # In double precision: a clipped gradient must not exceed the norm by a rounding error of millions of additions.
     dtype = torch.float32 if gradients[0].device.type == "mps" else torch.float64
     norms = [torch.linalg.vector_norm(gradient, dtype=dtype) for gradient in gradients]
     return float(torch.linalg.vector_norm(torch.stack(norms)))

@@ -1,4 +1,4 @@
-"""Draw lots of patients, and load what they add to a step.
+"""Draw lots of patients, and load their batches.
 
 A lot is drawn as the accountant has it: each patient with the same chance, independent of all others, so lots differ in
 size, and one may be empty. (nnU-Net draws a fixed number of cases with replacement, which no accountant covers.)
@@ -90,7 +90,7 @@ class LotStream:
     def __init__(self, sampler: PoissonSampler, loader: PatientLoader, *, num_workers: int) -> None:
         self._sampler, self._loader, self._num_workers = sampler, loader, num_workers
         self._executor: ProcessPoolExecutor | None = None
-        # What was drawn ahead: the sizes of lots, and their patients, first those that are being loaded.
+        # Drawn ahead: the sizes of lots, and their patients, first those that are being loaded.
         self._sizes: deque[int] = deque()
         self._loading: deque[Future[dict]] = deque()
         self._waiting: deque[str] = deque()

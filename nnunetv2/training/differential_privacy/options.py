@@ -1,4 +1,4 @@
-"""The options of a training with differential privacy, and what is refused among them."""
+"""The options of a training with differential privacy, and refused ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WHY_NOT = {
         "patients (nnUNetv2_move_plans_between_datasets), or leave them uncovered with --dp_uncovered plans"
     ),
 }
-"""What somebody may ask for, and the figures that say why not."""
+"""Options that users may ask for, and the figures that speak against them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +43,10 @@ class PrivacyOptions:
     patches: int | None = None
     """Drawn from each patient of a lot. Default: 1."""
     uncovered: tuple[str, ...] = ()
-    """What stays outside of epsilon: "plans" that were made from the same patients."""
+    """Parts that stay outside of epsilon: "plans" that were made from the same patients."""
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense.
+        """Refuse values that make no sense.
 
         Raises:
             ValueError: A number is not finite and above 0.

@@ -26,7 +26,7 @@ class Patients:
     cases_of: dict[str, list[str]]
     """Patient -> cases, both sorted."""
     unit: Literal["patient", "scan"]
-    """What is drawn, clipped and protected as one."""
+    """The unit that is drawn, clipped and protected as one."""
 
     def __len__(self) -> int:
         return len(self.cases_of)
@@ -79,7 +79,7 @@ def datasets_with_the_same_cases(ledger_file: Path) -> list[str]:
 
     Their cases have the same names, and labels of the same sizes.
 
-    A copy of patients under another id spends in silence what belongs to them. That can be hinted at, not proved.
+    A copy of patients under another id spends their budget in silence. That can be hinted at, not proved.
     """
     own = _cases_digest(ledger_file.parent)
     return [

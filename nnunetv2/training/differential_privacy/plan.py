@@ -44,7 +44,7 @@ class PrivacyPlan:
 
     @property
     def epoch(self) -> NoisySteps:
-        """Return what the accountant composes for an epoch."""
+        """Return the noisy steps of an epoch, which the accountant composes."""
         return NoisySteps(self.rate, self.sigma, self.steps)
 
     def describe(self) -> str:
@@ -72,8 +72,8 @@ def make_plan(
     Noise that is found leaves room for a few epochs that a crash lets be trained again.
 
     Args:
-        options: What the user has asked for.
-        ledger: What is spent already, and the budget.
+        options: The wishes of the user.
+        ledger: The steps charged already, and the budget.
         num_patients: Of the training split.
         epochs: How many are to come; 0 for a training that is over, which costs nothing.
         steps: Of each.

@@ -1,7 +1,4 @@
-"""Keep the figures of a training, one list per curve.
-
-And pass them on to whoever else keeps them.
-"""
+"""Keep a training's curves, and pass their values on to other loggers."""
 
 from __future__ import annotations
 

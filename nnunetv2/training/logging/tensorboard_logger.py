@@ -17,7 +17,7 @@ FOLDER = "tensorboard"
 class TensorBoardLogger:
     """Write scalars, settings and final figures into the folder `tensorboard` of the fold.
 
-    A training that is started anew replaces what an earlier one has written, at its first epoch. One that goes on
+    A training that is started anew replaces the events of an earlier one, at its first epoch. One that goes on
     replaces the epochs that it repeats.
     """
 
@@ -52,13 +52,13 @@ class TensorBoardLogger:
                 shutil.rmtree(self.folder, ignore_errors=True)
             self._open(purge_step=step)
         if step != self._step:
-            self._writer.flush()  # once per epoch: what is buffered is lost when the training is killed
+            self._writer.flush()  # once per epoch: buffered values are lost when the training is killed
             self._step = step
         self._writer.add_scalar(key, float(value), step)
 
     def log_summary(self, key: str, value: Any) -> None:
         """Write a figure of the whole training."""
-        if self._writer is None:  # a validation without training adds to what is there
+        if self._writer is None:  # a validation without training adds to earlier events
             self._open(purge_step=None)
         self._writer.add_text(f"summary/{key}", str(value))
         self._writer.flush()

@@ -1,4 +1,4 @@
-"""Choose the loss of a training, and what it leaves out, from the labels."""
+"""Choose the loss of a training, and its ignored label, from labels."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ class MemoryEfficientSoftDiceLoss(nn.Module):
         intersection = (p * y).flatten(2).sum(2, dtype=torch.float32)
         predicted = (p if loss_mask is None else p * loss_mask).flatten(2).sum(2, dtype=torch.float32)
         if self.batch_dice:
-            # Sum over the batch first: ranks may hold batches of unequal size, and what is gathered must not differ.
+            # Sum over the batch first: ranks may hold batches of unequal size, but must gather equal shapes.
             intersection, predicted, wanted = intersection.sum(0), predicted.sum(0), wanted.sum(0)
             if self.ddp:
                 intersection, predicted, wanted = _sum_over_ranks(intersection, predicted, wanted)

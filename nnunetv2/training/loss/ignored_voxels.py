@@ -1,4 +1,4 @@
-"""Split a target into what is to be predicted and which voxels count."""
+"""Split a target into labels to predict and a mask of voxels."""
 
 from __future__ import annotations
 

@@ -5,9 +5,9 @@ class here. With logits z, annotated classes A and others U, the loss sees
 
     z'_0 = log(exp z_0 + sum over U of exp z_u)        z'_a = z_a for a in A
 
-and the labels renumbered in the same way. Softmax of z' gives the merged class the sum of the probabilities of what it
-is made of, so what the loss asks of it is asked of them together (Shi et al., Marginal loss and exclusion loss for
-partially supervised multi-organ segmentation, MedIA 70:101979, 2021; Fang and Yan, IEEE TMI 39:3619, 2020).
+and the labels renumbered in the same way. Softmax of z' gives the merged class the sum of the probabilities of its
+members, so the loss acts on that sum only (Shi et al., Marginal loss and exclusion loss for partially supervised
+multi-organ segmentation, MedIA 70:101979, 2021; Fang and Yan, IEEE TMI 39:3619, 2020).
 
 Any loss of logits and label maps can be wrapped. One that knows the classes by their numbers says so by an attribute
 `supports_partial_labels = False`, and is refused.

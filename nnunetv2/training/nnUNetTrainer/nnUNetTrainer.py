@@ -2,7 +2,7 @@
 
 Third-party trainers override methods and attributes of this class.
 
-The methods are hooks. What they do lives in modules of its own, beside the package of trainers.
+The methods are hooks. The functions that they call live in modules of their own, beside the package of trainers.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class nnUNetTrainer:
 
     Args:
         plans: Content of the plans file, not changed. The keys `continue_training` (an earlier training goes on) and
-            `results_name` (ending of the trainer's name in the output folder), if there, are no part of what is stored.
+            `results_name` (ending of the trainer's name in the output folder), if there, are not stored.
         configuration: Name of a configuration in the plans, such as 3d_fullres.
         fold: Number of the fold, or 'all'.
         dataset_json: Content of dataset.json.
@@ -128,10 +128,10 @@ class nnUNetTrainer:
     """Whether the hooks that this very class defines do without the files; a subclass has to say so for its own."""
 
     max_gradient_norm: float = steps.MAX_GRADIENT_NORM
-    """What `train_step` clips the norm of the gradient at."""
+    """The norm to which `train_step` clips the gradient."""
 
     training_options = TrainingOptions()
-    """What the user asked for; it was set after construction, over what the class says."""
+    """The options of the user; they were set after construction, over the settings of the class."""
 
     refused_options: Mapping[str, str] = {}
     """Fields of `TrainingOptions` that the trainer refuses, and `stop` if it is not to be stopped: name -> why."""
@@ -178,7 +178,7 @@ class nnUNetTrainer:
         self.oversample_foreground_percent, self.probabilistic_oversampling = 0.33, False
         self.freeze_patterns: tuple[str, ...] = ()  # patterns, see `training/freezing.py`
 
-        # What initialize() and on_train_start() fill in.
+        # Filled in by initialize() and on_train_start().
         self.dataset_class: type[nnUNetBaseDataset] = _LATER
         self.label_manager = self.plans_manager.get_label_manager(dataset_json)
         self.num_input_channels: int = _LATER
@@ -199,7 +199,7 @@ class nnUNetTrainer:
         self.was_initialized = False
         self._stop_conditions: StopConditions = _LATER
 
-        # What keeps files and the terminal out of the way of training.
+        # Keep files and the terminal out of the way of training.
         self._progress = ProgressLine(sys.stdout, is_enabled=self.local_rank == 0)
         self._writer, self._snapshots = BackgroundWriter(), SnapshotTaker()
         self._is_writing_in_background = False
@@ -422,7 +422,7 @@ class nnUNetTrainer:
         regions: Sequence | None = None,
         ignore_label: int | None = None,
     ) -> BasicTransform:
-        """Build what turns validation patches into network inputs and targets, without augmentation."""
+        """Build the transforms from validation patches to inputs and targets, without augmentation."""
         return build_validation_transforms(
             deep_supervision_scales,
             is_cascaded=is_cascaded,
@@ -545,7 +545,7 @@ class nnUNetTrainer:
         self._writer.raise_failure()
 
     def _run_steps(self, phase: str, step: Callable[[dict], dict], batches: Iterator[dict], number: int) -> list[dict]:
-        """Take steps and return what they returned; a terminal shows how far they are."""
+        """Take steps and return their outputs; a terminal shows the progress."""
         outputs: list[dict] = []
         known = self.logger.get_value("ema_fg_dice", step=None)
         for _ in self._progress.count(
@@ -561,7 +561,7 @@ class nnUNetTrainer:
         return fetch(outputs)
 
     def on_train_start(self) -> None:
-        """Initialise, start the data loaders, and write what the trained model needs besides its weights."""
+        """Initialise, start the data loaders, write the model's files besides weights."""
         if not self.was_initialized:
             self.initialize()
         Path(self._require(self.output_folder)).mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,10 @@ from nnunetv2.experiment_planning.experiment_planners.resencUNet_planner import 
 
 
 class _ResEncPreset(ResEncUNetPlanner):
-    """What the presets share: the batch may hold the whole dataset, and memory has an intended value."""
+    """Base of the presets, each for an intended size of memory.
+
+    The batch may hold the whole dataset.
+    """
 
     intended_memory_in_gb: float
     reference_values: tuple[int, int]

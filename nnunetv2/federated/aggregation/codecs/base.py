@@ -1,4 +1,4 @@
-"""The seam between weights and the form in which they travel: one codec per form."""
+"""Define the interface of codecs: the forms in which weights travel."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from nnunetv2.federated.protocol.messages import Aggregate, Update
 
 
 class UpdateCodec(Protocol):
-    """The form in which the weights of a run's rounds travel, up and down.
+    """The form in which a run's weights travel, up and down.
 
-    A site has one of its own for as long as it trains, since it may keep what was not sent yet. The coordinator's keep
-    nothing.
+    A site has one of its own for as long as it trains, since it may keep rounding errors for the next update. The
+    coordinator's codecs keep nothing.
     """
 
     is_verbatim: bool
     """Whether aggregates travel as they are kept."""
     is_relative: bool
-    """Whether what travels in a round is a change of the average before, which a site can also download whole."""
+    """Whether rounds exchange changes of the average before, which a site can also download whole."""
 
     def specs(self, registered: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
         """Return tensors as they travel in a round."""
@@ -41,26 +41,26 @@ class UpdateCodec(Protocol):
         ...
 
     def settle(self) -> None:
-        """Note that the weights that were encoded last have counted."""
+        """Note that the last encoded weights have counted."""
         ...
 
     def receive(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the weights to go on from, of tensors that came."""
+        """Return the weights to go on from, given the received tensors."""
         ...
 
     def rests(self) -> dict[str, np.ndarray]:
-        """Return what the next update has to bring, by tensor.
+        """Return the rounding errors due with the next update, by tensor.
 
-        It is for a checkpoint, and empty where it need not be kept.
+        They are for a checkpoint; empty where they need not be kept.
         """
         ...
 
     def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
-        """Go on with the rests of a checkpoint."""
+        """Restore the rounding errors of a checkpoint."""
         ...
 
     def forget_rests(self) -> None:
-        """Bring nothing with the next update that rounding took from an earlier one."""
+        """Drop the rounding errors of earlier updates."""
         ...
 
     # ---------------------------------------------------------------------------------------- at the coordinator
@@ -82,9 +82,9 @@ class UpdateCodec(Protocol):
         ...
 
     def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str], *, whole: bool) -> str:
-        """Write these tensors of an aggregate as they travel, and return the SHA-256.
+        """Write tensors of an aggregate as they travel; return the SHA-256.
 
         Args:
-            whole: For a site that has not got the average before; of a codec that is relative.
+            whole: For a site without the average before; only of relative codecs.
         """
         ...

@@ -1,23 +1,23 @@
 """Let weights travel in half precision.
 
-What rounding takes from them goes along with the next round.
+Rounding errors are sent with the next round.
 
     site          sent_r = half(w_r + e_r-1)                  e_r = (w_r + e_r-1) - sent_r
     coordinator   u_r = mean_r + c_r-1, kept in float32       c_r = u_r - half(u_r)
     all sites     go on from half(u_r)
 
-What is lost on the way up (e) or down (c) comes with the next round, so in the mean over the sites the weights move by
-the sum of what they have learned, within one rounding, however small the steps are. Plain rounding would keep a weight
-where it is for good if an epoch moves it by less than half a unit in the last place, 0.02 to 0.05 % of its value.
-Method: Seide et al., 1-bit SGD (Interspeech 2014); Karimireddy et al., Error Feedback Fixes SignSGD (ICML 2019); Stich
-et al., Sparsified SGD with Memory (NeurIPS 2018).
+Rounding errors on the way up (e) or down (c) come with the next round (error feedback), so in the mean over the sites
+the weights move by the sum of their steps, within one rounding, however small these are. Plain rounding would keep a
+weight where it is for good if an epoch moves it by less than half a unit in the last place, 0.02 to 0.05 % of its
+value. Method: Seide et al., 1-bit SGD (Interspeech 2014); Karimireddy et al., Error Feedback Fixes SignSGD (ICML 2019);
+Stich et al., Sparsified SGD with Memory (NeurIPS 2018).
 
 c is no state of its own: it follows from u_r-1, the result before, which is kept anyway. So a round has the same result
-to the bit whatever crashed in between. What sites download is made of that result alone (`write_rounded`).
+to the bit, also after crashes. Sites' downloads are made of that result alone (`write_rounded`).
 
-e lives in the memory of the site's process, in float32, and starts from zero when that starts. Nothing depends on it
-but a last rounding: a training that was interrupted and goes on is as good as one that was not, but in half precision,
-even if it is seeded, not equal to it to the bit.
+e lives in the memory of the site's process, in float32, and starts from zero with it. Only a last rounding depends on
+it: a resumed training is as good as an uninterrupted one, but in half precision, even if seeded, not equal to it to the
+bit.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def rounded(values: np.ndarray) -> np.ndarray:
 
 
 def rest_of(values: np.ndarray) -> np.ndarray:
-    """Return what rounding takes from float32 values: exact, in float32."""
+    """Return the rounding errors of float32 values: exact, in float32."""
     rest: np.ndarray = values - rounded(values)
     return rest
 
@@ -106,7 +106,7 @@ class Float16WithErrorFeedback:
 
     def __init__(self) -> None:
         self._rests: dict[str, np.ndarray] = {}
-        """What rounding has taken from this site's updates and no later one has brought."""
+        """Rounding errors of this site's updates that are still due."""
         self._next_rests: dict[str, np.ndarray] = {}
 
     def specs(self, registered: Mapping[str, TensorSpec]) -> dict[str, TensorSpec]:
@@ -131,9 +131,9 @@ class Float16WithErrorFeedback:
         return sent
 
     def settle(self) -> None:
-        """Keep the rests of what was encoded last, which counts.
+        """Keep the rounding errors of the last encoded update, which counts.
 
-        If it does not, the rests before it are still due.
+        If it does not, those before it are still due.
         """
         self._rests = self._next_rests
 
@@ -142,14 +142,14 @@ class Float16WithErrorFeedback:
         return dict(tensors)
 
     def rests(self) -> dict[str, np.ndarray]:
-        """Return nothing: the rests are those of a process."""
+        """Return nothing: the process alone keeps its rounding errors."""
         return {}
 
     def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
         """Keep nothing."""
 
     def forget_rests(self) -> None:
-        """Bring nothing of earlier updates with the next one."""
+        """Drop the rounding errors of earlier updates."""
         self._rests = {}
 
     def combine(
@@ -164,7 +164,7 @@ class Float16WithErrorFeedback:
     ) -> weighted_mean.Aggregated:
         """Average updates and write the aggregate in float32.
 
-        What rounding took from the aggregate before is added.
+        The rounding errors of the aggregate before are added.
         """
         return weighted_mean.aggregate_documents(
             documents, weights, out_path=out_path, message=message, previous=previous, min_sites=min_sites, handout=self
@@ -184,7 +184,7 @@ class Float16WithErrorFeedback:
         return rounded(values)
 
     def add_rest_(self, document: Document[Any], name: str, begin: int, block: np.ndarray) -> None:
-        """Add to a block, in place, what rounding takes from a tensor.
+        """Add the rounding errors of a tensor to a block, in place.
 
         The block begins with element `begin` of the tensor.
         """

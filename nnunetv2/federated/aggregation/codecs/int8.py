@@ -1,25 +1,25 @@
 """Let weights travel as changes in eight bits.
 
-What rounding takes from them is sent with the next round.
+Rounding errors are sent with the next round.
 
     site          sent_r = q(w_r - b_r-1 + e_r-1)             e_r = (w_r - b_r-1 + e_r-1) - sent_r
     coordinator   u_r = b_r-1 + mean_r + c_r-1                b_r = b_r-1 + q(u_r - b_r-1),  c_r = u_r - b_r
     all sites     add q(u_r - b_r-1) to b_r-1, and go on from b_r
 
 b is the average as all sites have it, in float32 and to the same bit; b_-1 are the initial weights. q rounds to the
-nearest of 255 steps of one size for each block of 4,096 values; the largest value of a block is 127 steps. What is lost
-on the way up (e) or down (c) comes with the next round (error feedback), so small steps add up. Method: Seide et al.,
-1-bit SGD (Interspeech 2014); Karimireddy et al., Error Feedback Fixes SignSGD (ICML 2019); Tang et al., DoubleSqueeze
-(ICML 2019), for both ways.
+nearest of 255 steps of one size for each block of 4,096 values; the largest value of a block is 127 steps. Rounding
+errors on the way up (e) or down (c) come with the next round (error feedback), so small steps add up. Method: Seide et
+al., 1-bit SGD (Interspeech 2014); Karimireddy et al., Error Feedback Fixes SignSGD (ICML 2019); Tang et al.,
+DoubleSqueeze (ICML 2019), for both ways.
 
 A tensor travels as int8 values in one axis: for each block four bytes, its step as a little-endian float32, then its
-steps. Results of rounds hold b, c and what leads from the b before to it, so a crash loses nothing. A site that has
-not got the b before, since it was started again or is late, downloads b itself. It says which result it had before: a
-coordinator that was restored from a backup may have closed that round anew, with another b.
+steps. Results of rounds hold b, c and the packed change of b, so a crash loses nothing. A site without the b before,
+since it was restarted or is late, downloads b itself. It says which result it had before: a coordinator that was
+restored from a backup may have closed that round anew, with another b.
 
-e is in the memory of a site's process, and in its checkpoints: a training that goes on ends with the same bits. Only of
-an update that may have counted when its site was ended before the next checkpoint, e is lost; what the checkpoint holds
-may have come with that update and is forgotten, so nothing is brought twice.
+e is in the memory of a site's process, and in its checkpoints: a resumed training ends with the same bits. Only if the
+site was ended after an update that may have counted, and before the next checkpoint, the e of that update is lost; the
+e in the checkpoint may have come with it and is forgotten, so nothing is sent twice.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ _CHUNK = 64 * BLOCK
 """Values that are averaged at a time."""
 _STEPS = 127
 _LARGEST_STEP = np.nextafter(np.finfo(np.float32).max / np.float32(_STEPS), np.float32(0))
-"""127 of it are finite in float32; of the next one, which is what the division gives, they are not."""
+"""127 of it are finite in float32; of the next one, the quotient itself, they are not."""
 _HEAD = 4
 """Bytes of a block's step."""
 REST, CHANGE = "#rest", "#change"
-"""Behind the name of a tensor: c, and what leads from the b before to b, in the result of a round."""
+"""Behind the name of a tensor in the result of a round: c, and the packed change of b."""
 
 
 # ------------------------------------------------------------------------------------------------------- the packing
@@ -150,14 +150,14 @@ class Int8WithErrorFeedback:
         return sent
 
     def settle(self) -> None:
-        """Keep the rests of what was encoded last, which counts."""
+        """Keep the rounding errors of the last encoded update, which counts."""
         self._rests = self._next_rests
 
     def receive(self, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Return the average that came, whole or as what it has changed by.
+        """Return the received average, sent whole or as a change.
 
         Raises:
-            WireError: It is a change of an average that this site has not got, or one to infinity. The average before
+            WireError: It is a change of an average that this site does not have, or one to infinity. The average before
                 stays.
         """
         received = {name: self._received(name, values) for name, values in tensors.items()}
@@ -183,15 +183,15 @@ class Int8WithErrorFeedback:
         return after
 
     def rests(self) -> dict[str, np.ndarray]:
-        """Return what is still due, for a checkpoint."""
+        """Return the rounding errors still due, for a checkpoint."""
         return dict(self._rests)
 
     def take_over(self, rests: Mapping[str, np.ndarray]) -> None:
-        """Go on with what is still due."""
+        """Restore the rounding errors of a checkpoint."""
         self._rests = dict(rests)
 
     def forget_rests(self) -> None:
-        """Bring nothing of earlier updates with the next one."""
+        """Drop the rounding errors of earlier updates."""
         self._rests = {}
 
     # ---------------------------------------------------------------------------------------- at the coordinator
@@ -205,7 +205,7 @@ class Int8WithErrorFeedback:
         previous: Document[Aggregate],
         min_sites: int,
     ) -> Aggregated:
-        """Average changes, add what rounding took before, and write the results."""
+        """Average changes, add earlier rounding errors, and write the results."""
         sites = sorted(documents)
         names = sorted(name for name in previous.specs if not name.endswith((REST, CHANGE)))
         holders = {name: [site for site in sites if name in documents[site].specs] for name in names}
@@ -232,8 +232,8 @@ class Int8WithErrorFeedback:
                         moved = unpack(_read(documents[site], name, packed), before.shape).astype(np.float64)
                         squares[site].append(float(moved @ moved))
                         mean += moved * (_weight_of(weights, site) / total_of(counted))
-                    is_kept = name in kept or not counted  # then what is due stays due
-                    with np.errstate(over="ignore"):  # what is infinite is refused
+                    is_kept = name in kept or not counted  # then rounding errors stay due
+                    with np.errstate(over="ignore"):  # infinite values are refused
                         change[packed] = pack(np.zeros(before.size) if is_kept else due + mean)
                         after[part] = before + unpack(change[packed], before.shape)
                     rest[part] = due + (0 if is_kept else mean) - (after[part].astype(np.float64) - before)
@@ -264,7 +264,7 @@ class Int8WithErrorFeedback:
         return values
 
     def write_for_site(self, source: Document[Aggregate], path: Path, names: Iterable[str], *, whole: bool) -> str:
-        """Write these tensors, whole or as what they have changed by, and return the SHA-256."""
+        """Write these tensors, whole or as changes, and return the SHA-256."""
         ordered = sorted(names)
         behind = "" if whole else CHANGE
         if any(f"{name}{behind}" not in source.specs for name in ordered):

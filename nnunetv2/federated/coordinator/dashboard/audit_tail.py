@@ -1,7 +1,7 @@
 """Follow the audit log for the dashboard: counts, troubles, models.
 
 The log grows with every contribution. At the start, its lines are counted, and only those that people have to know of
-are read; from then on, what was appended.
+are read; from then on, the lines that are appended.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class LogTail:
         self._reasons: dict[tuple[str, str | None], str] = {}
 
     def read_on(self) -> None:
-        """Read what has been appended."""
+        """Read the lines appended since the last call."""
         with self._lock:
             if self.number == 0:
                 self._begin()
@@ -70,7 +70,7 @@ class LogTail:
                     self.number, self.head = number, digest
 
     def _begin(self) -> None:
-        """Count what is there, and read what is worth it."""
+        """Count the lines so far, and read the troubles and models."""
         last, self.head = self._store.load_head()
         self.counts.update(self._store.count_events(last))
         for moment, kind, site, key, detail in self._store.load_lines((*TROUBLE, "model"), last):

@@ -1,7 +1,8 @@
-"""Build the curves of a run: metrics per site and round, their means, validations.
+"""Build a run's curves: metrics per site and round, their means, validations.
 
-Lists (Dice per class in every round) stay in the store; of them, the last validation is enough to look at. What sites
-measure after their updates have left comes with the next round: the newest round is complete once that is closed.
+Lists (Dice per class in every round) stay in the store; of them, the last validation is enough to look at. Metrics
+that sites measure after their updates have left come with the next round: the newest round is complete once that is
+closed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ CHARACTERS_AT_ONCE = 4 << 20
 ALL_SITES = ""
 """In the place of a site: no site has an empty name."""
 Scalars = Annotated[dict[Text, Finite | None], Field(max_length=2_000_000)]
-"""What came with an update and after it; pooled, under the names that any site has."""
+"""Metrics that came with an update and after it; pooled, under the names that any site has."""
 
 
 class CurvePoint(Part):

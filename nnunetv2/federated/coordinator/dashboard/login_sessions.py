@@ -30,7 +30,7 @@ IDLE_S = 2 * 3600.0
 MAX_SESSIONS = 50
 """Of one member; the one that was used least recently gives way."""
 MAX_ATTEMPTS = 10
-"""Failed logins from one address within `ATTEMPTS_S`; what else fails then is told to wait."""
+"""Failed logins from one address within `ATTEMPTS_S`; further ones are told to wait."""
 ATTEMPTS_S = 300.0
 MAX_ADDRESSES = 4096
 

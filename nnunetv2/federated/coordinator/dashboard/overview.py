@@ -42,7 +42,7 @@ from nnunetv2.federated.protocol.messages import (
 from nnunetv2.federated.protocol.strict_json import encode_json
 
 SHORTEST_INTERVAL_S = 0.5
-"""Between two computations: what happens faster is shown together."""
+"""Between two computations: faster changes are shown together."""
 
 Activity = Literal["working", "sending", "waiting", "failed", "left", "idle", "invited", "revoked"]
 
@@ -65,7 +65,7 @@ class SiteView(Part):
     site: SiteName
     state: Literal["invited", "active", "revoked"]
     activity: Activity
-    """What it is doing in the run where that matters most."""
+    """Its activity in the run where that matters most."""
     run: Text | None = None
     """That run."""
     last_seen: Finite | None = None
@@ -84,7 +84,7 @@ class ExchangeView(Part):
     contributed: SiteNames
     waiting_for: SiteNames
     since: Finite | None = None
-    """When it began to wait: when what comes before it was closed, or with its first contribution."""
+    """When it began to wait: when the exchange before it was closed, or with its first contribution."""
     due: Finite | None = None
     """When it closes without those who are missing."""
     quorum: Count | None = None
@@ -102,7 +102,7 @@ class RunView(Part):
     num_rounds: Count | None
     rounds_closed: Count
     meeting: ExchangeView | None
-    """What it waits for; None once it is over."""
+    """The exchange that it waits for; None once the run is over."""
     members: Annotated[tuple[MemberView, ...], Field(max_length=MAX_SITES)] = ()
     round_s: Finite | None = None
     """Median seconds of the last rounds."""
@@ -120,7 +120,7 @@ class RunView(Part):
     model: LongText = ""
     """Where the finished model is, or why there is none; before, whether there will be one."""
     networks: Annotated[tuple[LongText, ...], Field(max_length=2 * MAX_SITES)] = ()
-    """Where sites have networks of their own: what each shares, which networks there are, and of which there will be a
+    """Where sites have networks of their own: the share of each site, then the networks, and whether each will have a
     common model, a line each."""
     privacy: LongText = ""
     """Differential privacy, as the sites have declared it; empty if none has."""
@@ -162,7 +162,7 @@ class Overview(Part):
     """Nothing is averaged over fewer sites."""
     deadline_s: Finite | None
     methods: Annotated[tuple[LongText, ...], Field(max_length=10)] = ()
-    """What sites do beside plain averaging, a line each."""
+    """Methods of the sites beside plain averaging, a line each."""
     sites: Annotated[tuple[SiteView, ...], Field(max_length=10 * MAX_SITES)]
     runs: Annotated[tuple[RunView, ...], Field(max_length=10_000)]
     meetings: Annotated[tuple[ExchangeView, ...], Field(max_length=10_000)]
@@ -174,7 +174,7 @@ class Overview(Part):
 
 # --------------------------------------------------------------------------------------------------------- building
 class OverviewBuilder:
-    """Build overviews of a coordinator, and remember what takes long to find out."""
+    """Build overviews of a coordinator, and follow its audit log."""
 
     def __init__(self, coordinator: Coordinator) -> None:
         self._coordinator = coordinator
@@ -289,7 +289,10 @@ class OverviewBuilder:
         return describe_privacy(self._state.documents.agreement(run).privacy)
 
     def _open_exchange(self, run: str, number: int) -> Exchange | None:
-        """Return what a run waits for, begun or not, up to a round; None if that was closed meanwhile."""
+        """Return the first open exchange of a run, up to a round.
+
+        It may not have begun; None if all were closed meanwhile.
+        """
         registry = self._state.registry
         keys: list[Key] = [RegistrationKey(run), InitialKey(run)]
         if self._state.settings.secure is not None:

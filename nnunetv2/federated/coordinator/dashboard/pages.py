@@ -1,15 +1,15 @@
-"""Serve the dashboard: the page, its data as JSON, login sessions, Prometheus figures.
+"""Serve the dashboard: the page, its JSON, login sessions, Prometheus figures.
 
     GET    /                           the page: one file that needs nothing else; it shows nothing without a login
     POST   /v1/session                 {token, invitation} -> who has logged in, and a cookie
     GET    /v1/session                 who is logged in; 204 where nobody is
     DELETE /v1/session                 log out
-    GET    /v1/overview?seen=&wait=    what the federation is doing; waits until that is not what was seen
-    GET    /v1/runs/<run>/curves?since=&since_validation=    what the sites measured, from these rounds on
+    GET    /v1/overview?seen=&wait=    the state of the federation; waits until it differs from the seen one
+    GET    /v1/runs/<run>/curves?since=&since_validation=    the sites' measurements, from these rounds on
     GET    /metrics                    the same as figures
 
 The JSON is for observers and operators, with a session or a bearer token; the figures need a bearer token. Sites are
-neither: what the others measured is not theirs to see, unless the operator invites one of their people as an observer.
+neither: they do not see the others' measurements, unless the operator invites one of their people as an observer.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Dashboard:
     async def get_session(self, request: Request) -> Response:
         """Return who is logged in."""
         cookie = request.cookies.get(self._cookie)
-        if cookie is None:  # no error: it is what the page asks first
+        if cookie is None:  # no error: it is the page's first request
             return Response(status_code=204, headers={"Cache-Control": "no-store"})
         return json_response(self.sessions.viewer(cookie))
 
@@ -160,7 +160,7 @@ class Dashboard:
         return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
 
     async def get_curves(self, request: Request) -> Response:
-        """Return what the sites measured in a run to an observer."""
+        """Return the curves of a run to an observer."""
         self._viewer_of(request)
         since, is_asked = int(_number(request, "since")), "since_validation" in request.query_params
         validations = int(_number(request, "since_validation")) if is_asked else since
@@ -194,7 +194,10 @@ def _admitted(member: Member) -> Member:
 
 
 def _check_same_origin(request: Request) -> None:
-    """Refuse what another site makes the browser send. The browser says so itself; programs do not."""
+    """Refuse requests that another web site makes the browser send.
+
+    The browser marks them itself; programs do not.
+    """
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise RefusedError("this request comes from another site", code="forbidden")
 

@@ -1,7 +1,7 @@
-"""Serve HTTP connections, and drop those that are too slow or too many.
+"""Serve HTTP connections, and drop those too slow or too many.
 
 uvicorn waits for ever for the headers of a new connection, for the rest of a body and for a reader that does not read.
-Its protocol class gets here what it lacks; what is too slow or too much, `rate_limits.py` decides.
+Its protocol class gets the missing limits here; `rate_limits.py` sets them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class GuardedProtocol(H11Protocol, Connection):
 
     Args:
         registry: Of all connections of this server.
-        options: What uvicorn gives its protocols.
+        options: The arguments that uvicorn gives its protocols.
     """
 
     def __init__(self, registry: ConnectionRegistry[Connection], **options: Any) -> None:
@@ -70,7 +70,7 @@ class GuardedProtocol(H11Protocol, Connection):
         self._times_sent = 0
         self._timer: asyncio.TimerHandle | None = None
 
-    # ------------------------------------------------------------------------------------------ what asyncio calls
+    # ------------------------------------------------------------------------------------------- called by asyncio
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport), "a connection is read and written"
         super().connection_made(transport)
@@ -99,7 +99,7 @@ class GuardedProtocol(H11Protocol, Connection):
         self.detached()
         super().connection_lost(exc)
 
-    # ------------------------------------------------------------------------------------------ what the listener calls
+    # ------------------------------------------------------------------------------------------- called by the listener
     def attach(self, transport: asyncio.Transport) -> None:
         """Remember the transport that is the socket itself, below TLS."""
         self._socket = transport
@@ -116,7 +116,7 @@ class GuardedProtocol(H11Protocol, Connection):
     def detached(self) -> None:
         """Forget the connection: its socket is closed."""
         self._registry.closed(self)
-        self.app_state = {}  # no circle: what strangers leave behind goes at once
+        self.app_state = {}  # no circle: connections of strangers are freed at once
 
     def drop(self) -> None:
         """Close the socket at once, whatever the other side does."""
@@ -135,7 +135,7 @@ class GuardedProtocol(H11Protocol, Connection):
             if gives_way is not None:
                 gives_way.drop()
 
-    # -------------------------------------------------------------------------------------------- what uvicorn calls
+    # --------------------------------------------------------------------------------------------- called by uvicorn
     def shutdown(self) -> None:
         """Take no further request, and end when the present one is answered."""
         if not self.transport.is_closing():
@@ -305,7 +305,7 @@ class GuardedServer(uvicorn.Server):
 
 
 def allow_many_files() -> int:
-    """Raise the limit of open files to what the system grants, and return it."""
+    """Raise the soft limit of open files, and return it."""
     try:
         import resource
     except ImportError:  # Windows, which sets no such limit

@@ -23,7 +23,7 @@ from nnunetv2.utilities.plain_text import printable
 logger = logging.getLogger(__name__)
 
 STATUS_OF_CODE = {
-    # what was sent is not what the protocol allows
+    # requests that the protocol does not allow
     "invalid": 400,
     "incomplete_request": 400,
     "length_required": 411,
@@ -48,7 +48,7 @@ STATUS_OF_CODE = {
     "survivors_unconfirmed": 409,
     "name_taken": 409,
     "too_many_sites": 409,
-    # what there is not
+    # not found
     "unknown_path": 404,
     "unknown_method": 405,
     "unknown_member": 404,
@@ -56,7 +56,7 @@ STATUS_OF_CODE = {
     "unknown_gathering": 404,
     "no_authority": 404,
     "no_model": 404,
-    # what does not go together with what the federation has done or agreed on
+    # conflicts with the state or the agreements of the federation
     "refused": 409,
     "too_early": 409,
     "already_closed": 409,

@@ -1,10 +1,10 @@
 """Receive large bodies into one buffer, past the HTTP parser.
 
 A parser for all of HTTP copies every byte three times and wakes the application for every 64 KiB; of an upload of a
-hundred MiB only the first few KiB need one. What follows has a known length, so the connection gets another protocol
+hundred MiB only the first few KiB need one. The rest has a known length, so the connection gets another protocol
 until it is there (asyncio's own way, as for an upgrade to another protocol):
 
-    socket --> parser --> application        headers, and what came with them
+    socket --> parser --> application        headers, and the bytes that came with them
     socket --> buffer --> application        the rest
     socket <-- parser <-- application        the answer, after which the connection is closed: the parser has lost count
 
@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Scope
 
 BUFFER_BYTES = 1 << 20
-"""What one upload may hold,"""
+"""Bytes that one upload may hold,"""
 SMALLEST_BUFFER_BYTES = 32 << 10
 BUFFERS_BYTES = 8 << 20
 """or less, so that all that arrive at the same time hold about this much together."""
@@ -130,7 +130,7 @@ class LargeBody(asyncio.BufferedProtocol):
         return self._arrival is not None and not self._arrival.done()
 
     async def pieces(self) -> AsyncIterator[memoryview]:
-        """Yield what arrives; each piece is valid until the next is asked for.
+        """Yield the body in pieces, each valid until the next is requested.
 
         Raises:
             ClientDisconnect: The connection broke before all was there.
@@ -163,7 +163,7 @@ class LargeBody(asyncio.BufferedProtocol):
             if at_most < 0:
                 return
 
-    # ------------------------------------------------------------------------------------------ what asyncio calls
+    # ------------------------------------------------------------------------------------------- called by asyncio
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer[self._filled : self._goal]
 
@@ -176,7 +176,7 @@ class LargeBody(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._is_lost = True
-        self._hand_over()  # what has arrived is kept: the sender goes on behind it
+        self._hand_over()  # the bytes so far are kept: the sender resumes behind them
         self._connection.connection_lost(exc)
 
     def pause_writing(self) -> None:

@@ -24,7 +24,7 @@ from nnunetv2.utilities.loopback import is_loopback
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 8750
 NOTHING = "none"
-"""What takes a remembered file or address back, on the command line."""
+"""Word that takes a remembered file or address back, on the command line."""
 _CAN_BE_TAKEN_BACK = ("url", "tls_certificate", "tls_key", "client_authority")
 
 
@@ -37,7 +37,7 @@ def open_socket(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
         listener.listen(128)
-    except (OSError, TypeError) as error:  # the latter for what can be no name of a machine
+    except (OSError, TypeError) as error:  # the latter for a text that can be no host name
         listener.close()
         raise FederationError(
             f"cannot listen on {host[:200]}:{port}: {getattr(error, 'strerror', None) or error}. Choose another --host "
@@ -123,12 +123,12 @@ class ListenAddress:
 
 
 def settle_address(stored: Mapping[str, Any], arguments: argparse.Namespace) -> ListenAddress:
-    """Return the address of a start: what the command line says, else what held before.
+    """Merge the options of a start into the stored address.
 
     But `insecure` holds for one address: another host or public URL needs a new decision.
 
     Raises:
-        FederationError: The options contradict each other, or what holds of earlier starts.
+        FederationError: The options contradict each other, or those of earlier starts.
     """
     known = {field.name for field in fields(ListenAddress)}
     before = {name: value for name, value in stored.items() if name in known}
@@ -148,7 +148,10 @@ def settle_address(stored: Mapping[str, Any], arguments: argparse.Namespace) -> 
 
 
 def _settled(name: str, value: Any) -> Any:
-    """Return an option's value as it is kept: files as absolute paths, None for what was taken back."""
+    """Return an option's value as it is kept.
+
+    Files are absolute paths; an option that was taken back is None.
+    """
     if name in _CAN_BE_TAKEN_BACK and value == NOTHING:
         return None
     return str(value.resolve()) if isinstance(value, Path) else value

@@ -70,12 +70,12 @@ class _Deadlines(TypedDict, total=False):
 class TlsLayer(SSLProtocol):
     """The encryption of one connection, without a buffer of its own.
 
-    What arrives is decrypted in the call that has received it, so one buffer serves all connections of a loop. (Were
+    Data are decrypted in the call that has received them, so one buffer serves all connections of a loop. (Were
     asyncio to rename its two attributes, a connection would have a buffer of `max_size`.)
     """
 
     max_size = 16 << 10
-    """What is decrypted at a time: one record."""
+    """Bytes that are decrypted at a time: one record."""
 
     def __init__(self, connection: Connection, context: ssl.SSLContext, buffer: bytearray) -> None:
         deadlines = _Deadlines(ssl_handshake_timeout=HANDSHAKE_S)

@@ -4,7 +4,7 @@ GET    /v1/authority             the private certificate authority, in PEM; site
 POST   /v1/join                  {invitation, token, identity} -> {federation, site, settings}; all else needs the token
 POST   /v1/members               {name, role, lifetime_s} -> {name, role, invitation, expires}
 DELETE /v1/members/<name>        revoke a credential
-PATCH  /v1/settings              change what may be changed while the federation is at work
+PATCH  /v1/settings              change settings while the federation is at work
 """
 
 from __future__ import annotations

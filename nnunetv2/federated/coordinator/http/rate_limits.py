@@ -1,6 +1,6 @@
 """Limit requests, connections and time, per member and per address.
 
-Members are known by their credential, all others by their address. What a stranger does costs members nothing: a site
+Members are known by their credential, all others by their address. Requests of strangers cost members nothing: a site
 whose neighbour behind the same address floods the coordinator is served as ever.
 """
 
@@ -81,7 +81,7 @@ def address_group(host: str) -> str:
 _ROUTINE = re.compile(
     r"runs/[^/]+/(initial|(rounds|uploads|survivors|validations)/[0-9]+|validations/[0-9]+/(uploads|survivors))"
 )
-"""What sites send again and again in an orderly training, in clear or masked."""
+"""Keys of the documents that an orderly training sends, in clear or masked."""
 
 
 def lines_caused(method: str, path: str, status: int) -> int:
@@ -113,7 +113,7 @@ PACE: dict[Phase, tuple[float, float]] = {
     headers  a request has begun, or the connection is new
     body     a body is being received
     rest     a request has been answered before its body was received
-    answer   the other side has not taken what was sent
+    answer   the other side has not taken the bytes that were sent
     other    it is the coordinator's turn, or nothing is going on
 """
 

@@ -26,11 +26,11 @@ SMALL_BODY = 64 << 10
 DRAINED_BYTES = 64 << 20
 """A body up to this size is read to its end before it is refused, so that the refusal can be read."""
 DOWNLOAD_BYTES, DOWNLOADS_BYTES = 256 << 10, 4 << 20
-"""What one download holds at a time, and about what all of them do; what the system has not taken counts again."""
+"""Bytes that one download holds at a time, and all of them roughly; bytes that the system has not taken count twice."""
 WRITING_THREADS = min(8, max(2, os.cpu_count() or 1))
 """Threads that write and hash pieces: with more than there are cores, they only wait for one another."""
 FINISHING_THREADS = 8
-"""Threads that check and sync what is complete. The threads that answer all other requests are not among these: however
+"""Threads that check and sync complete uploads. The threads that answer all other requests are not among these: however
 many sites send, the rest is served."""
 
 
@@ -96,7 +96,7 @@ class Reception:
         self._finishing = ThreadPoolExecutor(FINISHING_THREADS, thread_name_prefix="finishing")
 
     def close(self) -> None:
-        """End the threads as soon as they have done what they are doing."""
+        """End the threads as soon as their work is done."""
         self._writing.shutdown(wait=False)
         self._finishing.shutdown(wait=False)
 
@@ -105,17 +105,17 @@ class Reception:
         return await asyncio.get_running_loop().run_in_executor(self._writing, function, *arguments)
 
     async def finish(self, function: Callable[..., Result], *arguments: object) -> Result:
-        """Run a function on a thread for what is complete."""
+        """Run a function on a thread for complete uploads."""
         return await asyncio.get_running_loop().run_in_executor(self._finishing, function, *arguments)
 
 
 class IncomingBody(Protocol):
-    """A file that grows by what arrives, such as `PartialUpload`."""
+    """The target of an incoming body, such as `PartialUpload`."""
 
     size: int
 
     def read_beginning(self) -> None:
-        """Take what is here already into the digest."""
+        """Hash the bytes that have arrived already."""
 
     def append(self, *pieces: bytes) -> None:
         """Take the next pieces."""
@@ -131,7 +131,7 @@ async def receive(request: Request, upload: IncomingBody, headers: UploadHeaders
     """Stream the body of a request to the end of an upload.
 
     Raises:
-        RefusedError: It is not what was announced.
+        RefusedError: Its size or digest is not as announced.
     """
     await reception.write(upload.read_beginning)
     remaining, more_follow = headers.size - headers.offset, True
@@ -161,7 +161,7 @@ async def receive(request: Request, upload: IncomingBody, headers: UploadHeaders
 
 
 async def _next_piece(request: Request) -> tuple[bytes, bool]:
-    """Return what has come of the body since, and whether more is to follow."""
+    """Return the next bytes of the body, and whether more follow."""
     message = await request.receive()
     if message["type"] == "http.disconnect":
         raise ClientDisconnect

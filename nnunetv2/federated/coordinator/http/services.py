@@ -1,4 +1,4 @@
-"""Hold what the handlers of an application share."""
+"""Hold the services that the handlers of an application share."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Serve the requests of a site: settings, state of a run, documents, models.
+"""Serve the requests of a site: settings, run states, documents, models.
 
     GET  /v1/settings                the settings that hold for all sites
     GET  /v1/roster                  the identities of the sites, where they aggregate securely
     GET  /v1/status                  the state of the federation
     GET  /v1/runs/<run>?plans=       how far a run of training is, or the one that a training with plans belongs to
     GET  /v1/outlooks                which runs will have a common model, and why others will not
-    GET  /v1/privacy                 what sites have declared of the differential privacy of their trainings
+    GET  /v1/privacy                 the differential privacy that sites have declared for their trainings
     GET  /v1/runs/<run>/model        the model of a run that is over, in a zip file (ranges allowed); operators too
     POST /v1/runs/<run>/actions      {action, gathering}: an operator steers a run, a site leaves it or returns
     POST /v1/failures                {run, round, reason}: a site cannot go on
@@ -14,7 +14,7 @@
     GET  /v1/gatherings/<key>?wait=  200 the result (ranges allowed), 202 {waiting_for}, 409 why there is none
     PUT, GET /v1/rehearsal           bytes without content, to and fro; see `rehearsal.py`
 
-An offer spares a site the upload of what is held already or would be refused. Who answers is a `SiteService`: the
+An offer spares a site the upload of a document that is held already or would be refused. A `SiteService` answers: the
 handlers know HTTP only.
 """
 
@@ -94,7 +94,7 @@ async def get_outlooks(request: Request) -> Response:
 
 
 async def get_privacy(request: Request) -> Response:
-    """Return what sites have declared of the privacy of their trainings."""
+    """Return the differential privacy that sites have declared."""
     member_of(request)
     return json_response(await run_in_threadpool(service_of(request).declared_privacy))
 
@@ -162,7 +162,7 @@ async def put_contribution(request: Request) -> Response:
             site_of(request)  # it may have been revoked since this began, and invited again
             receipt = await reception.finish(service.contribute, key, site, upload.path, digest, size)
         finally:
-            upload.discard()  # what is left of it: nothing, or what is of no use
+            upload.discard()  # its file, if still there, is of no use
         return json_response(receipt)
 
 

@@ -30,7 +30,7 @@ from nnunetv2.utilities.atomic_write import replacing, save_json_atomically
 
 AUTHORITY_DAYS = 3650
 CERTIFICATE_DAYS = 397
-"""What browsers accept at most."""
+"""The most that browsers accept."""
 RENEWED_BEFORE_S = 60 * 86_400
 """Time left at which a start makes a new certificate."""
 OPENSSL_TIMEOUT_S = 60.0
@@ -100,7 +100,7 @@ def require_clients_of(certificate: Certificate, authority: Path, folder: Path) 
     The operator on this machine has none of it, and gets one that is made here and can vouch for nobody else.
 
     Args:
-        folder: Where the operator's certificate is kept, outside of what backups hold; each start makes another one.
+        folder: Where the operator's certificate is kept, outside of backups; each start makes another one.
 
     Raises:
         FederationError: The file is missing, or holds anything but certificates, all of which would be trusted.

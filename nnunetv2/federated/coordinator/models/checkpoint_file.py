@@ -7,7 +7,7 @@ A checkpoint is a zip archive, stored without compression:
     archive/data/<n>      the bytes of storage n, beginning at a multiple of 64 in the file
     archive/version       "3"
 
-Only writing happens here. What is pickled names no class but OrderedDict and torch's own tensors, so that
+Only writing happens here. The pickle names no class but OrderedDict and torch's own tensors, so that
 `torch.load(..., weights_only=True)` accepts it.
 """
 
@@ -174,7 +174,7 @@ _Pickler: Any = pickle._Pickler  # its methods are known to no stub
 
 
 class _CheckpointPickler(_Pickler):  # type: ignore[misc]  # the one in C imports every class that it is to name
-    """Pickle plain values, and the stand-ins above as what they stand for."""
+    """Pickle plain values, and the stand-ins above as torch's objects."""
 
     dispatch = dict(_Pickler.dispatch)
 
@@ -185,7 +185,7 @@ class _CheckpointPickler(_Pickler):  # type: ignore[misc]  # the one in C import
         return None
 
     def save_global_name(self, obj: _Global) -> None:
-        """Write a name where the base class would look up what it names."""
+        """Write a name without importing its object, unlike the base class."""
         self.write(pickle.GLOBAL + f"{obj.module}\n{obj.name}\n".encode())
         self.memoize(obj)
 

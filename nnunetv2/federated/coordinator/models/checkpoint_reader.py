@@ -29,7 +29,7 @@ _MOST_VALUES = 16
 _MOST_DIMENSIONS = 8
 """As in the documents that weights become."""
 LARGEST_PICKLE = 256 << 20
-"""Bytes of what a checkpoint holds beside tensors: curves, plans, names."""
+"""Bytes of the pickle, which holds all but the values of tensors: curves, plans, names."""
 _STORAGES = {"DoubleStorage": "<f8", "FloatStorage": "<f4", "HalfStorage": "<f2", "BFloat16Storage": "<u2"}
 """Kinds of storages of floating-point numbers -> numpy dtype; bfloat16 has the upper half of a float32."""
 
@@ -171,7 +171,7 @@ def write_weights(checkpoint: Path, target: Path, precision: Precision = "float3
         def values() -> Iterator[np.ndarray]:
             for name in specs:
                 tensor = reader.read(name)
-                if not codec.is_relative:  # of what is relative, the first weights travel in float32
+                if not codec.is_relative:  # with a relative codec, the first weights travel in float32
                     codec.encode({name: tensor})
                 yield tensor
 
@@ -179,7 +179,7 @@ def write_weights(checkpoint: Path, target: Path, precision: Precision = "float3
 
 
 class _Nothing:
-    """What stands for everything that a pickle names and that is no tensor."""
+    """Stands for everything that a pickle names and that is no tensor."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 

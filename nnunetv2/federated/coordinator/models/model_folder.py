@@ -6,8 +6,8 @@
         fold_<fold>/checkpoint_final.pth  checkpoint_best.pth (if aggregates were validated)
     <folder>/<trainer>__<plans>__<configuration>.zip        the same, to be installed elsewhere
 
-That needs the same plans and networks at all sites, and every tensor of the network shared; else the aggregate stays
-what it is. Which of the two it will be is known, and told, when the sites have registered: see `outlook`.
+That needs the same plans and networks at all sites, and every tensor of the network shared; else there is
+only the aggregate. Which of the two it will be is known, and told, when the sites have registered: see `outlook`.
 
 Where sites have networks of their own, there is such a folder for every network that is shared whole, and one zip file
 with all of them. Their plans are called after the network (`own_<digest>`), not as any site calls its own.
@@ -266,9 +266,9 @@ def common_mirroring_axes(registrations: Mapping[str, Registration]) -> tuple[in
 
 
 def plans_of_sites(registrations: Mapping[str, Registration], archive: DocumentReader) -> dict[str, Any]:
-    """Return the plans of a run as in the sites' files, if made together.
+    """Return a run's plans as in the sites' files, if made together.
 
-    What may differ between the sites, and says how files are read and called, is as most of them have it.
+    Dataset name and image reader may differ between the sites, and are those of most sites.
     """
     plans = next(iter(registrations.values())).plans
     key = PlansKey(str(plans["plans_name"]))
@@ -281,10 +281,10 @@ def plans_of_sites(registrations: Mapping[str, Registration], archive: DocumentR
 def plans_of_network(
     registration: Registration, registrations: Mapping[str, Registration], name: str
 ) -> dict[str, Any]:
-    """Return the plans of a common model where sites have networks of their own.
+    """Return a common model's plans where sites have their own networks.
 
-    They hold the configuration that was trained, and of a cascade the stage before. What is each site's own affair, and
-    nobody predicts with, is the least that nnU-Net takes.
+    They hold the configuration that was trained, and of a cascade the stage before. The batch size, which is each
+    site's own and does not matter for prediction, is the smallest that nnU-Net takes.
 
     Args:
         registration: Of a site that has the network.
@@ -308,7 +308,7 @@ def plans_of_network(
 
 
 def _as_at_most_sites(registrations: Mapping[str, Registration]) -> dict[str, Any]:
-    """Return what may differ between the sites' plans, and says how files are read and called, as most have it."""
+    """Return the dataset name and image reader that most sites' plans have."""
     held = {
         field: [message.plans[field] for message in registrations.values() if field in message.plans]
         for field in PLANS_OF_A_SITE

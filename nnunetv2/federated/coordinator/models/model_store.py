@@ -42,7 +42,7 @@ class ModelStore:
         self._lock = threading.Lock()
         self._digesting = Locks()
         self._outlooks: dict[str, tuple[Agreement, Outlook]] = {}
-        """Run -> what will become of its averages, and what that follows from."""
+        """Run -> its agreement, and the outlook that follows from it."""
 
     def keep(self, run: str) -> None:
         """Write the model of a run that is over, once for each content.
@@ -63,7 +63,7 @@ class ModelStore:
             else partial(keep_models_of_networks, rounds_until=lambda number: self._rounds_until(run, number))
         )
         text = keep(run, folder, final=final, best=rounds["best"], archive=state.documents)
-        # What the log tells of is on the disk, its name included.
+        # The log tells only of files that are on the disk, names included.
         for written in (state.store.folder, folder, *(path for path in folder.rglob("*") if path.is_dir())):
             flush_to_disk(written)
         state.record("model", None, run, {"outcome": text, "rounds": rounds})
@@ -97,7 +97,7 @@ class ModelStore:
         return found
 
     def outlook(self, run: str) -> Outlook | None:
-        """Return what will become of a run's averages.
+        """Return the outlook of a run's averages.
 
         None before its sites have registered. Computed once.
         """

@@ -4,8 +4,8 @@
 
 A backup is a tar file: the database as it was at one moment, every document that its rows speak of and that may still
 be asked for, the models, the keys of TLS, and last `backup.json` with the SHA-256 of each. Documents never change once
-a row speaks of them, so they are linked at once and copied at leisure. What is worth stealing in the folder is worth
-stealing in its backup: keep it as safe.
+a row speaks of them, so they are linked at once and copied at leisure. A backup holds the same secrets as the folder:
+keep it as safe.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VERSION = 1
 CONTENTS_FILE = "backup.json"
 LARGEST_CONTENTS = 256 << 20
 FURTHER_FOLDERS = ("models", "tls", "given")
-"""What is kept beside the database and the documents."""
+"""Folders beside the database and the documents."""
 ATTEMPTS = 10
 """A document may be deleted, because its round has been closed, between the copy of the database and its link."""
 _SCRATCH = ".backup-"
@@ -193,7 +193,7 @@ def _federation_of(folder: Path) -> str:
 
 
 def _remove_leftovers(folder: Path, prefix: str) -> None:
-    """Remove what commands that were killed have left a day ago."""
+    """Remove the scratch folders that killed commands left a day ago."""
     for scratch in folder.glob(f"{glob.escape(prefix)}*"):
         if time.time() - scratch.stat().st_mtime > _LEFT_BEHIND_S:
             shutil.rmtree(scratch, ignore_errors=True)
@@ -269,7 +269,7 @@ def _extract(archive: tarfile.TarFile, member: tarfile.TarInfo, scratch: Path, k
     target = scratch / path
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     content = archive.extractfile(member)
-    assert content is not None  # only what is no regular file has none
+    assert content is not None  # only members that are no regular files have none
     with content as file, target.open("xb") as out:
         target.chmod(0o600)
         while piece := file.read(_PIECE_BYTES):

@@ -72,7 +72,7 @@ _ADDITIONS = """
 CREATE INDEX IF NOT EXISTS events_of_kind ON events (kind);
 CREATE TABLE IF NOT EXISTS identities (member TEXT PRIMARY KEY, identity TEXT NOT NULL) WITHOUT ROWID;
 """
-"""They change nothing of what was there: versions that do not know them go on as before."""
+"""They change no data: versions that do not know them go on as before."""
 _SCHEMA = _TABLES_1 + _EVENTS_1 + _TABLES_2 + _EVENTS_2 + _EVENTS_GUARD
 
 FOREVER = 4_000_000_000.0

@@ -1,8 +1,8 @@
 """Keep partial uploads of broken connections, to be resumed at that byte.
 
 There is one file per exchange and site. The newest request writes it: a connection that is half dead, and whose sender
-has begun anew, finds that out at its next piece. What is complete belongs to the request that has completed it: nobody
-else has a hand on it between its check and its place in the store.
+has begun anew, finds that out at its next piece. A complete upload belongs to the request that has completed it: nobody
+else touches it between its check and its place in the store.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from nnunetv2.federated.errors import RefusedError
 from nnunetv2.utilities.early_writing import begin_writing
 
 WORTH_KEEPING_BYTES = 1 << 20
-"""What is smaller is sent again."""
+"""Smaller uploads are sent again."""
 KEPT_FOR_S = 2 * 86_400.0
 WHOLE = ".whole"
-"""Ending of what is complete; of the rest, it is `.part`."""
+"""Suffix of complete uploads; of the others, it is `.part`."""
 KEPT_PER_SITE = 8
 """Uploads of one site that nobody goes on with at the moment."""
 _READ_BYTES = 4 << 20
@@ -152,7 +152,7 @@ class PartialUpload:
         self._digest = hashlib.sha256()
 
     def read_beginning(self) -> None:
-        """Take what is here already into the digest, and go to its end.
+        """Hash the bytes that have arrived already, and go to their end.
 
         Raises:
             RefusedError: A newer request has taken over; the code is `taken_over`.
@@ -175,7 +175,7 @@ class PartialUpload:
 
         Raises:
             RefusedError: A newer request has taken over; the code is `taken_over`.
-            OSError: The disk is full. What was written of the pieces stays, and can be gone on behind.
+            OSError: The disk is full. The bytes written so far stay, and the upload can resume behind them.
         """
         with self._lock:
             if self._file is None or not self._uploads.is_writer(self):
@@ -227,5 +227,5 @@ def _write_all(file: FileIO, piece: bytes | memoryview) -> None:
 
 
 def _hash_of(key: str) -> str:
-    """Return what stands for an exchange in the names of files."""
+    """Return the hash that stands for an exchange in file names."""
     return hashlib.sha256(key.encode()).hexdigest()[:24]

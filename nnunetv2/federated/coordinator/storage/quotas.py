@@ -1,7 +1,7 @@
-"""Keep one site from filling the coordinator's disk with what nobody waits for.
+"""Keep one site from filling the coordinator's disk with unwanted documents.
 
-What a site sends in a round is bounded by what was agreed on, and by the rounds that are open. Runs and plans, however,
-have the names that sites give them: their number is bounded here.
+A site's documents in a round are bounded by the agreement of its run, and by the rounds that are open. Runs and plans,
+however, have the names that sites give them: their number is bounded here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_OPEN = 200
 MAX_OPEN_BYTES = 1 << 30
 """Bytes that the documents of one site in them may have."""
 RESERVED_BYTES = 256 << 20
-"""What uploads leave free on the disk: for aggregates, the database and its journal."""
+"""Bytes that uploads leave free on the disk: for aggregates, the database and its journal."""
 
 
 def has_name_of_its_own(key: Key) -> bool:

@@ -1,4 +1,4 @@
-"""Store the state of a federation: a SQLite database, one file per document.
+"""Store the state of a federation: SQLite database, one file per document.
 
     coordinator.sqlite                               settings, members, exchanges, contributions, results, events
     gatherings/<key>/<site>.<digest>.safetensors     contributions
@@ -10,7 +10,7 @@
     lock                                             held by the process that serves the folder
 
 A row is written after the file that it speaks of is on the disk, and nothing is acknowledged before its row is. Files
-without a row are leftovers of a crash and are removed at the next start, as is what was being written beside them.
+without a row are leftovers of a crash and are removed at the next start, as are files half written.
 """
 
 from __future__ import annotations
@@ -198,11 +198,11 @@ class Store:
 
     # --------------------------------------------------------------------------------------------- runs and rounds
     def load_controls(self) -> dict[str, RunControl]:
-        """Return what has been said about each run."""
+        """Return the control of each run."""
         return {run: _decode_control(text) for run, text in self._database.rows("SELECT run, control FROM runs")}
 
     def save_control(self, run: str, control: RunControl, event: Event) -> None:
-        """Remember what has been said about a run, and who said it."""
+        """Save the control of a run, and log who changed it."""
         with self._database.transaction() as connection:
             connection.execute("INSERT OR REPLACE INTO runs VALUES (?, ?)", (run, _encode_control(control)))
             add_event(connection, event)
@@ -329,10 +329,10 @@ class Store:
         return damaged
 
     def save_closing(self, exchange: Exchange, digest: str, *, record: Mapping[str, Any] | None = None) -> None:
-        """Remember that an exchange is closed; its result, with this digest, is in `result_path` already.
+        """Remember that an exchange is closed; its result is in `result_path` already.
 
         Args:
-            record: What is to be remembered of a round or of a validation when its documents are gone.
+            record: The record of a round or of a validation, which outlasts its documents.
         """
         assert isinstance(exchange.outcome, Closed)
         key = exchange.key
@@ -369,7 +369,7 @@ class Store:
                         "contributions": {
                             site: exchange.contributions[site].digest
                             for site in exchange.outcome.contributors
-                            if site in exchange.contributions  # else it counts by what it has sent masked
+                            if site in exchange.contributions  # else it counts by its masked contribution
                         },
                         "missing": list(exchange.outcome.missing),
                     },
@@ -549,7 +549,7 @@ class Store:
             )
 
     def load_traffic_totals(self) -> dict[str, Traffic]:
-        """Return what each site has sent and been sent altogether."""
+        """Return the total traffic of each site."""
         return {
             row[0]: Traffic(*row[1:])
             for row in self._database.rows(

@@ -1,11 +1,11 @@
 """Carry frames between the jobs of sites and server, through the cells of NVIDIA FLARE.
 
-Built on what NVFlare 2.9 keeps inside. A piece of a document is one message of its core cells, without the streams and
-downloads above them, which cut messages into chunks, copy them once more and keep what is not acknowledged. Whatever
-may be larger than a piece takes the streams.
+Built on internals of NVFlare 2.9. A piece of a document is one message of its core cells, without the streams and
+downloads above them, which cut messages into chunks, copy them once more and keep unacknowledged ones. Messages that
+may be larger than a piece take the streams.
 
-Who asks is the origin of a message, which the root server has compared with the token of its sender; never the peer
-context, which the sender writes.
+A site is known by the origin of its message, which the root server has compared with the token of the sender; never by
+the peer context, which the sender writes.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class CellServer:
     Args:
         sites: Name of each site's cell -> the site.
         answer: Returns the frame that answers a frame of a site.
-        warn: Told of what is refused.
+        warn: Called with a line per refused request or lost notification.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class CellServer:
     def push(self, key: str) -> None:
         """Tell all sites of a change, without waiting.
 
-        What is lost is asked for in a while.
+        Sites that miss it ask in a while.
         """
         if not key or self._is_closed:
             return
@@ -102,7 +102,7 @@ class CellServer:
             targets = [FQCN.join([cell, self._job]) for cell in self._sites]
             message = new_cell_message({}, key.encode())
             self._cell.core_cell.fire_and_forget(CHANNEL, CHANGED, targets, message, optional=True)
-        except Exception as error:  # noqa: BLE001 - the engine's; what is told comes anyway
+        except Exception as error:  # noqa: BLE001 - the engine's; sites that miss it ask
             self._warn(f"the sites were not told of {key}: {error}")
 
     def _handle(self, message: Any) -> Any:

@@ -135,7 +135,7 @@ class FederationController(Controller):  # type: ignore[misc] # has no types
             self._failed[client_task.client.name] = f"ended with {code}; its own log says why"
 
     def stop_controller(self, fl_ctx: FLContext) -> None:
-        """Finish what is being stored or closed, and close the federation's folder."""
+        """Finish documents and exchanges under way, and close the federation's folder."""
         self._open.close()
 
     def process_result_of_unknown_task(

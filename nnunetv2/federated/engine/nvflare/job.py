@@ -21,7 +21,7 @@ CLASSES = {
 ALLOW_LIST = "class_allow_list"
 APP = "app"
 TASK = "federate"
-"""Name of what the server asks the sites to do, in the job and at both ends."""
+"""Name of the task that the server gives the sites, in the job and at both ends."""
 WORKFLOW = "federation"
 
 

@@ -1,7 +1,7 @@
-"""Define a step: all that one kind of exchange is.
+"""Define a step: the behaviour of one kind of exchange.
 
-A step is stateless. It asks the exchanges' `State` who takes part, and the `DocumentReader` what was sent before; it
-knows of no sockets, clocks or databases. `steps/__init__.py` lists all steps.
+A step is stateless. It asks the exchanges' `State` for the sites that take part, and the `DocumentReader` for earlier
+documents; it knows of no sockets, clocks or databases. `steps/__init__.py` lists all steps.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class State(Protocol):
     def contributors(self, key: Key) -> frozenset[str]:
         """Name the sites whose contributions are in a result.
 
-        None as long as there is no result.
+        Empty as long as there is no result.
         """
         ...
 
@@ -81,9 +81,9 @@ class Computed:
     digest: str
     """Its SHA-256."""
     record: Mapping[str, Any] | None = None
-    """What is to be remembered of a round or validation, as JSON, when its documents are gone."""
+    """The record of a round or validation, as JSON, which stays when its documents are gone."""
     remarks: tuple[str, ...] = ()
-    """What the person at the coordinator should know of it, a line each."""
+    """Lines on it for the person at the coordinator."""
 
 
 class Step(Generic[K, Q, R]):
@@ -94,9 +94,9 @@ class Step(Generic[K, Q, R]):
     results: tuple[type[R], ...]
     policy: ClassVar[Policy] = Policy()
     contribution_note: ClassVar[str] = ""
-    """Said of the contribution in the documentation of the protocol: tensors, and what is special."""
+    """Note on the contribution in the documentation of the protocol: its tensors and peculiarities."""
     result_note: ClassVar[str] = ""
-    """The same of the result."""
+    """The same for the result."""
     closing_note: ClassVar[str] = ""
     """With how many contributions it closes, where its policy does not tell."""
 
@@ -113,7 +113,10 @@ class Step(Generic[K, Q, R]):
         return frozenset(state.settings.sites)
 
     def required(self, key: K, reader: DocumentReader) -> Iterable[str]:
-        """Return the sites without which no deadline closes it. What comes before is closed."""
+        """Return the sites without which no deadline closes it.
+
+        The exchange before is closed.
+        """
         return ()
 
     def floor(self, key: K, state: State) -> int:
@@ -132,7 +135,7 @@ class Step(Generic[K, Q, R]):
         return isinstance(key, RunKey) and site in state.members(key.run)
 
     def is_overtaken(self, key: K, state: State) -> bool:
-        """Tell whether what follows has happened already."""
+        """Tell whether a later exchange has been closed already."""
         return False
 
     def place(self, key: K, site: str, digest: str, state: State) -> Key:
@@ -179,15 +182,15 @@ class Step(Generic[K, Q, R]):
     ) -> None:
         """Raise WireError or StatisticsError if a contribution contradicts itself.
 
-        Or what the site has said before.
+        Or earlier documents of the site.
         """
 
     def check_contribution(
         self, key: K, site: str, document: Document[Any], reader: DocumentReader, settings: FederationSettings
     ) -> None:
-        """Raise WireError unless a document is what its exchange expects of a site.
+        """Raise WireError unless a document is a valid contribution of a site.
 
-        That is its kind, the names, shapes and finite values of its tensors, and its consistency.
+        That concerns its kind, the names, shapes and finite values of its tensors, and its consistency.
         """
         if not isinstance(document.message, self.contribution):
             raise WireError(
@@ -205,7 +208,7 @@ class Step(Generic[K, Q, R]):
         check_tensors(document, expected)
 
     def check_unchanged(self, key: K, site: str, message: Q, reader: DocumentReader) -> None:
-        """Raise RefusedError, naming the difference, unless a site contributes again what it has contributed."""
+        """Raise RefusedError, naming the difference, unless a site repeats its contribution."""
         with reader.contribution(key, site) as held:
             before, now = self.compared(key, held.message, message, reader)
         change = first_change(before, now)
@@ -215,7 +218,7 @@ class Step(Generic[K, Q, R]):
     def compared(
         self, key: K, before: Q, now: Q, reader: DocumentReader
     ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """Return what must be the same in two contributions of a site."""
+        """Return the fields that must agree in two contributions of a site."""
         return comparable(before), comparable(now)
 
     # -------------------------------------------------------------------------------------------------- closing
@@ -270,7 +273,7 @@ class Step(Generic[K, Q, R]):
         return str(key)
 
     def describe_closing(self, key: K) -> str:
-        """Describe what a site has achieved by an exchange of its own.
+        """Describe the outcome of an exchange of one site alone.
 
         Empty where there are several sites.
         """
@@ -295,7 +298,7 @@ class Step(Generic[K, Q, R]):
         raise NotImplementedError
 
     def result_limits(self, num_cases: int | None) -> Limits:
-        """Return the limits of what a coordinator may send as a result.
+        """Return the limits of a result from a coordinator.
 
         Its tensors are not counted.
 
@@ -313,7 +316,7 @@ class Step(Generic[K, Q, R]):
         return MESSAGE_ALLOWANCE
 
     def check_result(self, key: K, message: Message) -> None:
-        """Raise WireError unless a message is what the result of an exchange says."""
+        """Raise WireError unless a message is a result of the exchange."""
         if not isinstance(message, self.results):
             raise WireError(
                 f"the coordinator answers {key} with a message of kind {message.kind}, expected "

@@ -41,11 +41,11 @@ class CoarseHistogramStep(Step[CoarseKey, CoarseSummary, WantedBins]):
         return frozenset(state.settings.sites) & state.contributors(CensusKey())
 
     def may_read(self, key: CoarseKey, site: str, state: State) -> bool:
-        """Tell whether a site plans late, from what the others have pooled."""
+        """Tell whether a site plans late, from the others' pooled fingerprint."""
         return state.is_closed(LateCensusKey(site))
 
     def limits(self, key: CoarseKey, site: str, reader: DocumentReader) -> Limits:
-        """Return what so many cases and channels may take, as the site's census says."""
+        """Return the limits for the cases and channels of the site's census."""
         with reader.contribution(CensusKey(), site) as earlier:
             cases, channels = earlier.message.num_cases, len(earlier.message.channel_names)
         return document_limits.coarse_limits(cases, channels, tensor_bytes=channels * HISTOGRAM_BYTES)

@@ -29,7 +29,7 @@ FineResult = PooledFingerprint | WantedBins
 
 
 class FineHistogramStep(Step[FineKey, FineSummary, FineResult]):
-    """The sites count what lies inside the bins that were asked for."""
+    """The sites count the voxels inside the bins that were asked for."""
 
     key = FineKey
     contribution, results = FineSummary, (PooledFingerprint, WantedBins)
@@ -52,13 +52,13 @@ class FineHistogramStep(Step[FineKey, FineSummary, FineResult]):
         return frozenset(state.settings.sites) & state.contributors(self.prerequisite(key))
 
     def may_read(self, key: FineKey, site: str, state: State) -> bool:
-        """Tell whether a site plans late, from what the others have pooled."""
+        """Tell whether a site plans late, from the others' pooled fingerprint."""
         return state.is_closed(LateCensusKey(site))
 
     def limits(self, key: FineKey, site: str, reader: DocumentReader) -> Limits:
-        """Return what so many bins take, and coarse histograms of all channels."""
+        """Return the limits for the wanted bins and all coarse histograms."""
         bins = self._asked_for(key, reader) or ()
-        histograms = sum(map(len, bins)) + len(bins)  # what lies inside the bins, and coarse ones that are corrected
+        histograms = sum(map(len, bins)) + len(bins)  # fine ones of the bins, and coarse ones that are corrected
         return document_limits.with_tensors(self.header, tensor_bytes=histograms * HISTOGRAM_BYTES)
 
     def tensors(self, key: FineKey, site: str, message: FineSummary, reader: DocumentReader) -> dict[str, TensorSpec]:
@@ -117,7 +117,7 @@ class FineHistogramStep(Step[FineKey, FineSummary, FineResult]):
         return PooledFingerprint(num_cases=sum(len(summary.spacings) for summary in summaries), fingerprint=fingerprint)
 
     def result_limits(self, num_cases: int | None) -> Limits:
-        """Return what a fingerprint of so many cases may take."""
+        """Return the limits of a fingerprint of so many cases."""
         return document_limits.fingerprint_limits(num_cases)
 
     def largest_result(self, weights: int) -> int:

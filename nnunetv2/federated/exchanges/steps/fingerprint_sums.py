@@ -1,6 +1,6 @@
 """Pool fingerprints by one masked sum after the other.
 
-What is asked, and what follows from a sum, is in `aggregation/fingerprint_sums.py`.
+The requests, and the results of the sums, are made in `aggregation/fingerprint_sums.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ S = TypeVar("S", ShapeSumUploadKey, ShapeSumSurvivorsKey, ShapeSumKey)
 K = TypeVar("K", bound=Key)
 
 
-# -------------------------------------------------------------------------------------------- what is added up, by whom
+# -------------------------------------------------------------------------------------------------------- sums, by whom
 class _OfAllSites(Generic[K]):
     """Sums of all sites of the census: none of fewer is opened."""
 
@@ -54,7 +54,7 @@ class _OfAllSites(Generic[K]):
         return state.contributors(CensusKey())
 
     def may_read(self, key: K, site: str, state: State) -> bool:
-        """Tell whether a site plans late, from what the others have pooled."""
+        """Tell whether a site plans late, from the others' pooled fingerprint."""
         return state.is_closed(LateCensusKey(site))
 
 
@@ -70,12 +70,12 @@ class _OfFingerprint(_OfAllSites[F]):
         return FingerprintSumSurvivorsKey(key.number)
 
     def asked(self, key: F, reader: DocumentReader) -> NextSum:
-        """Return what the sum before asks for."""
+        """Return the request of the sum before."""
         before = FingerprintSumKey(key.number - 1) if key.number else None
         return fingerprint_sums.FIRST if before is None else _asked_by(before, reader)
 
     def sum_of(self, key: F, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sum of the statistics."""
         with reader.result(CensusKey()) as document:
             return plan_fingerprint_sum(
                 FingerprintSumKey(key.number),
@@ -98,12 +98,12 @@ class _OfShapes(_OfAllSites[S]):
         return ShapeSumSurvivorsKey(key.plans, key.number)
 
     def asked(self, key: S, reader: DocumentReader) -> NextSum:
-        """Return what the sum before asks for."""
+        """Return the request of the sum before."""
         before = ShapeSumKey(key.plans, key.number - 1) if key.number else None
         return fingerprint_sums.FIRST_RESAMPLED if before is None else _asked_by(before, reader)
 
     def sum_of(self, key: S, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sum of the counts."""
         with reader.result(CensusKey()) as document:
             return plan_shape_sum(
                 ShapeSumKey(key.plans, key.number),
@@ -115,7 +115,7 @@ class _OfShapes(_OfAllSites[S]):
 
 
 def _asked_by(before: Key, reader: DocumentReader) -> NextSum:
-    """Return what the result of a sum asks for.
+    """Return the request in the result of a sum.
 
     Raises:
         RefusedError: It asks for nothing any more.
@@ -143,7 +143,7 @@ def _total(opened: Opened) -> np.ndarray:
 
 @contextmanager
 def _named(key: Key) -> Iterator[None]:
-    """Say of sums that cannot be which they are, and that they are not made again.
+    """Turn the error of an impossible sum into a refusal naming it.
 
     Raises:
         RefusedError: In the place of StatisticsError.
@@ -175,7 +175,7 @@ class _UploadOfAllStep(UploadStep[K]):
         return self.used_by(key) if state.is_closed(self.used_by(key)) else key
 
     def result_limits(self, num_cases: int | None) -> Limits:
-        """Return what the sum may take."""
+        """Return the limits of the sum."""
         return document_limits.fingerprint_limits(num_cases)
 
     def largest_result(self, weights: int) -> int:
@@ -289,7 +289,7 @@ class FingerprintSumStep(
     def combine_opened(
         self, exchange: Exchange, opened: Opened, settings: FederationSettings, reader: DocumentReader
     ) -> Computed:
-        """Return what is added up next, or the fingerprint."""
+        """Write the request for the next sum, or the fingerprint."""
         assert isinstance(exchange.key, FingerprintSumKey) and settings.secure is not None
         with _named(exchange.key):
             result = fingerprint_sums.next_sum(
@@ -302,7 +302,7 @@ class FingerprintSumStep(
         return Computed(write_document(reader.result_path(exchange.key), result, {}, []))
 
     def result_limits(self, num_cases: int | None) -> Limits:
-        """Return what a fingerprint of so many cases may take."""
+        """Return the limits of a fingerprint of so many cases."""
         return document_limits.fingerprint_limits(num_cases)
 
     def largest_result(self, weights: int) -> int:
@@ -326,7 +326,7 @@ class ShapeSumStep(_OfShapes[ShapeSumKey], UnmaskingStep[ShapeSumKey, UnmaskingS
     def combine_opened(
         self, exchange: Exchange, opened: Opened, settings: FederationSettings, reader: DocumentReader
     ) -> Computed:
-        """Return what is counted next, or the median shape."""
+        """Write the request for the next sum, or the median shape."""
         assert isinstance(exchange.key, ShapeSumKey)
         with _named(exchange.key):
             result = fingerprint_sums.next_resampled(

@@ -23,7 +23,7 @@ from nnunetv2.federated.protocol.messages import Aggregate, Update
 
 
 class InitialWeightsStep(WeightStep[InitialKey]):
-    """The sites that own tensors send their values, and all receive what they share."""
+    """The owners of tensors send their values; all receive their shared tensors."""
 
     key = InitialKey
     policy = Policy(
@@ -66,7 +66,7 @@ class InitialWeightsStep(WeightStep[InitialKey]):
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> Computed:
-        """Write the tensors of their owners, or what the operator has given in their place."""
+        """Write the owners' tensors, or the operator's in their place."""
         assert isinstance(exchange.key, InitialKey)
         agreement, outcome = reader.agreement(exchange.key.run), closed_outcome(exchange)
         owner_of = agreement.match.initial_owner

@@ -2,7 +2,7 @@
 
 They have pooled fingerprints, agreed on plans, or begun a run.
 
-Each is an exchange of that site alone with what the others have settled.
+Each step is an exchange of that site alone, compared with the settled result of the others.
 """
 
 from __future__ import annotations

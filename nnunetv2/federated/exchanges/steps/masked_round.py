@@ -56,7 +56,7 @@ class RoundUploadStep(UploadStep[UploadKey]):
         return RoundKey(key.run, key.number)
 
     def prerequisite(self, key: UploadKey) -> ExchangeKey[Any, Aggregate]:
-        """Return the round before, or what the first one begins with."""
+        """Return the round before; for the first, the initial weights."""
         return start_of(RoundKey(key.run, key.number))
 
     def check_may_begin(self, key: UploadKey, settings: FederationSettings) -> None:
@@ -65,7 +65,7 @@ class RoundUploadStep(UploadStep[UploadKey]):
         check_number(key, settings)
 
     def sum_of(self, key: UploadKey, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sums of the round."""
         return reader.round_plan(RoundKey(key.run, key.number)).sum
 
     def cohort(self, key: UploadKey, state: State) -> frozenset[str]:
@@ -98,7 +98,7 @@ class RoundSurvivorsStep(ConfirmationStep[SurvivorsKey]):
         return UploadKey(key.run, key.number)
 
     def sum_of(self, key: SurvivorsKey, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sums of the round."""
         return reader.round_plan(RoundKey(key.run, key.number)).sum
 
     def cohort(self, key: SurvivorsKey, state: State) -> frozenset[str]:
@@ -170,7 +170,7 @@ def combine_round(exchange: Exchange, opened: Opened, settings: FederationSettin
 def next_round(
     cohort: tuple[str, ...], weights: Mapping[str, float], *, typical_change: float | None = None
 ) -> NextRound:
-    """Return what sites are told of the round that follows."""
+    """Return the next round's cohort, and the range of its integers."""
     return NextRound(
         cohort=cohort, weight_bits=bits_of(weights[site] for site in cohort), typical_change=typical_change
     )
@@ -267,7 +267,7 @@ def _record_of_round(
     trust: Mapping[str, str | None],
     privacy: Declared,
 ) -> dict[str, Any]:
-    """Return what is remembered of a masked round: who took part, and what all of them have in common."""
+    """Return the record of a masked round: its sites and pooled figures."""
     outcome = closed_outcome(exchange)
     assert isinstance(exchange.key, RoundKey)
     number = exchange.key.number
@@ -300,7 +300,7 @@ def _record_of_round(
 
 
 def _about(held: Contribution) -> dict[str, Any]:
-    """Return what is remembered of a masked update: of its content, its digest only."""
+    """Return the record of a masked update: digest, size and time."""
     return {"digest": held.digest, "bytes": held.size, "received": held.received}
 
 

@@ -45,7 +45,7 @@ class ValidationUploadStep(UploadStep[ValidationUploadKey]):
         return self.used_by(key) if state.is_closed(self.used_by(key)) else key
 
     def sum_of(self, key: ValidationUploadKey, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sums of the validation."""
         return reader.validation_sum(ValidationKey(key.run, key.number))
 
     def cohort(self, key: ValidationUploadKey, state: State) -> frozenset[str]:
@@ -73,7 +73,7 @@ class ValidationSurvivorsStep(ConfirmationStep[ValidationSurvivorsKey]):
         return ValidationUploadKey(key.run, key.number)
 
     def sum_of(self, key: ValidationSurvivorsKey, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sums of the validation."""
         return reader.validation_sum(ValidationKey(key.run, key.number))
 
     def cohort(self, key: ValidationSurvivorsKey, state: State) -> frozenset[str]:

@@ -42,7 +42,7 @@ def agree_on_plans(plans: Mapping[str, Mapping[str, Any]], networks: Networks = 
     """Return the digest of the plans that all sites hold.
 
     Args:
-        networks: "own" compares only what the data decide in them.
+        networks: "own" compares only the fields that the data decide.
 
     Raises:
         RefusedError: They differ; it names the first field that does.

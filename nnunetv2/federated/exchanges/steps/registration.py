@@ -1,4 +1,4 @@
-"""Register what the sites of a run train, and decide what they share."""
+"""Register the sites of a run, and match their tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from nnunetv2.federated.protocol.messages import NEW_IN_REGISTRATION, SEGMENT_PA
 from nnunetv2.utilities.plain_text import printable
 
 PROMISED = ("unit", "epsilon", "delta", "uncovered")
-"""What a site cannot declare otherwise later: others have taken part trusting in it."""
+"""Fields of a privacy declaration that a site cannot change later: others have taken part trusting in them."""
 K = TypeVar("K", bound=RunKey[Registration, Match])
 
 
@@ -46,11 +46,11 @@ class MembershipStep(Step[K, Registration, Match]):
         check_registration(key, site, document.message, reader)
         check_has_own_network(site, document.message, settings)
         check_annotations(site, document.message, settings, reader)
-        if not reader.has_contributed(key, site):  # what is registered once more is compared
+        if not reader.has_contributed(key, site):  # a repeated registration is compared
             check_run_key(key, site, document.message, settings)
 
     def check_unchanged(self, key: K, site: str, message: Registration, reader: DocumentReader) -> None:
-        """Raise RefusedError, naming the difference, unless a site registers what it has registered."""
+        """Raise RefusedError, naming the difference, unless a site repeats its registration."""
         with reader.contribution(key, site) as held:
             before, now = held.message.keys, message.keys
         if before is not None and now is not None and before != now:
@@ -67,10 +67,10 @@ class MembershipStep(Step[K, Registration, Match]):
     def compared(
         self, key: K, before: Registration, now: Registration, reader: DocumentReader
     ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """Return what must be the same in two registrations of a site.
+        """Return the fields that must agree in two registrations of a site.
 
-        Versions of the software may word one differently: extrema of voxels, and what only one of them says, do not
-        count. Nor do the weights that a training starts from, once the initial ones are settled, nor the noise by
+        Versions of the software may word one differently: extrema of voxels, and fields that only one of them has, do
+        not count. Nor do the weights that a training starts from, once the initial ones are settled, nor the noise by
         which a site keeps to the privacy that it has declared.
         """
         earlier, later = comparable(before), comparable(now)
@@ -85,7 +85,7 @@ class MembershipStep(Step[K, Registration, Match]):
         return earlier, later
 
     def result_limits(self, num_cases: int | None) -> Limits:
-        """Return what a match may take."""
+        """Return the limits of a match."""
         return document_limits.MATCH
 
     def largest_result(self, weights: int) -> int:
@@ -94,7 +94,7 @@ class MembershipStep(Step[K, Registration, Match]):
 
 
 class RegistrationStep(MembershipStep[RegistrationKey]):
-    """The sites of a run say what they train, and learn what is shared."""
+    """The sites of a run register, and learn their shared tensors."""
 
     key = RegistrationKey
     policy = Policy(pooled=True, missable=True, compared=True, settles_members=True, stops_with_run=True)
@@ -106,7 +106,7 @@ class RegistrationStep(MembershipStep[RegistrationKey]):
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> Match:
-        """Decide what the sites share."""
+        """Return the match of the sites."""
         contributed = messages_of(documents)
         match = match_registrations(contributed, settings)
         if settings.initial_weights is not None:
@@ -124,7 +124,7 @@ class RegistrationStep(MembershipStep[RegistrationKey]):
 
 
 def match_registrations(contributed: Mapping[str, Registration], settings: FederationSettings) -> Match:
-    """Decide what the sites of a run share."""
+    """Match the tensors of a run's sites."""
     check_compatible(contributed, settings.networks)
     if settings.secure is not None:
         check_planned_alike(contributed, settings.networks)
@@ -207,7 +207,7 @@ def check_registration(
     if key.run not in (named, f"{named}.{plans_name}"):
         raise WireError(f"a registration for {named} was sent to the run {key.run}")
     planned = planned_cases(site, reader)
-    # What was registered before the software compared this is left alone: its run goes on.
+    # A registration from before the software compared this is left alone: its run goes on.
     if planned is not None and message.num_training_cases > planned and not reader.has_contributed(key, site):
         raise WireError(
             f"site {site} registers {message.num_training_cases} training cases, and had {planned} cases "
@@ -229,7 +229,7 @@ def check_has_own_network(site: str, message: Registration, settings: Federation
             code="plans_differ",
         )
     if settings.networks == "own" and message.plans != plans_to_register(message.plans, message.configuration):
-        # The plans of a common model are those of one of its sites, and nobody compares what else may be in them.
+        # The plans of a common model are those of one of its sites, and nobody compares other fields in them.
         raise RefusedError(
             f"site {site} registers more of its plans than network and patch, and in this federation the rest stays at "
             "each site (--networks own)",
@@ -239,10 +239,10 @@ def check_has_own_network(site: str, message: Registration, settings: Federation
 
 
 def check_annotations(site: str, message: Registration, settings: FederationSettings, reader: DocumentReader) -> None:
-    """Raise RefusedError or WireError unless what a site annotates is as the federation wants it.
+    """Raise RefusedError or WireError unless a site's annotated classes fit the federation.
 
-    Only where sites may annotate different classes do they say so; their classes have the numbers of the census, and
-    they train the rows of those that they annotate.
+    Sites list their annotated classes only where these may differ. The classes have the numbers of the census, and a
+    site trains the rows of those that it annotates.
     """
     data = message.dataset_json
     if settings.labels == "equal" and data.annotated_labels is not None:
@@ -274,7 +274,7 @@ def check_annotations(site: str, message: Registration, settings: FederationSett
 def check_compatible(registered: Mapping[str, Registration], networks: Networks = "equal") -> None:
     """Raise RefusedError unless datasets go together, and plans.
 
-    Plans are to be equal where a trainer wants it; where sites have networks of their own, what the data decide is.
+    Plans are to be equal where a trainer wants it; where sites have networks of their own, their data part is.
     """
     check_same_dataset({site: message.dataset_json for site, message in registered.items()})
     if networks == "own" or any(message.requires_equal_plans for message in registered.values()):
@@ -332,7 +332,7 @@ def check_no_other_weights(digests: Mapping[str, str | None], given: str) -> Non
 def check_pretrained_weights(digests: Mapping[str, str | None]) -> None:
     """Raise RefusedError unless all sites start from equal or from random weights.
 
-    It says who gave what.
+    It names each site's weights.
     """
     groups: dict[str | None, list[str]] = {}
     for site, digest in sorted(digests.items()):
@@ -378,7 +378,7 @@ def remarks_on_match(
 def remarks_on_classes(
     key: RunKey[Registration, Match], registered: Mapping[str, Registration], match: Match
 ) -> Iterator[str]:
-    """Say which classes too few sites annotate for an average of what belongs to them."""
+    """Name the classes that too few sites annotate for an average."""
     averaged = {row[1] for sites in match.shared.values() for local in sites.values() if (row := row_of(local))}
     labels = next(iter(registered.values())).dataset_json.labels
     for name, value in labels.items():

@@ -1,11 +1,11 @@
-"""Share what all masked sums have in common: three exchanges, and the third one's unmasking.
+"""Define the three exchanges of all masked sums, and the unmasking.
 
     uploads      masked vectors, envelopes      ->  the survivors, and to each site its envelopes
     survivors    a signature each               ->  t of these
-    the result   shares of seeds                ->  what is made of the sums
+    the result   shares of seeds                ->  a result made of the sums
 
 The first one closes as any exchange does, with t sites at least. The other two close as soon as t sites have answered,
-since any t answers give the same. What a site does is in `site/masking.py`.
+since any t answers give the same. The site's part is in `site/masking.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Confirmations = ExchangeKey[Confirmation, Any]
 U = TypeVar("U", bound=Uploads)
 C = TypeVar("C", bound=Confirmations)
 MASKED, ENVELOPE, COMMITMENTS, SHARES = "masked.", "envelope.", "commitments", "shares"
-"""Names of tensors, and what they begin with."""
+"""Prefixes of tensors' names, and whole names."""
 LARGEST_ENVELOPES = 64 << 20
 """Bytes that a site gets from all others."""
 _HEADER = Limits(header_bytes=1 << 20, elements=20_000)
@@ -58,7 +58,7 @@ def is_masked(state: State) -> bool:
 
 # -------------------------------------------------------------------------------------------------- masked vectors
 class UploadStep(Step[U, MaskedUpdate, Any]):
-    """The sites send masked vectors. Children say of what."""
+    """The sites send masked vectors. Children define the sum."""
 
     contribution = MaskedUpdate
     contribution_note = "; `masked.<lane>` U16, U32 or U64, `envelope.<site>` and `commitments` U8"
@@ -66,7 +66,7 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
     closing_note = "all of the cohort, or the quorum at the deadline; at least t"
 
     def sum_of(self, key: U, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sums, one per lane."""
         raise NotImplementedError
 
     def cohort(self, key: U, state: State) -> frozenset[str]:
@@ -91,7 +91,7 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
             raise RefusedError(f"{key}: this federation does not mask its updates", code="unknown_gathering")
 
     def limits(self, key: U, site: str, reader: DocumentReader) -> Limits:
-        """Return what the lanes that a site holds take, with its envelopes."""
+        """Return the limits for a site's lanes and envelopes."""
         found = self.sum_of(key, reader)
         lanes = found.held_by(site)
         specs = _upload_specs(found, site, lanes)
@@ -105,7 +105,7 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
     def check(
         self, key: U, site: str, document: Document[MaskedUpdate], reader: DocumentReader, settings: FederationSettings
     ) -> None:
-        """Raise WireError unless the masks are bound to what the coordinator knows."""
+        """Raise WireError unless the masks are bound to the coordinator's lanes."""
         found = self.sum_of(key, reader)
         expected = {lane.name: lane.context(found.cohort).hex() for lane in found.held_by(site)}
         for name, digest in document.message.lanes.items():
@@ -142,7 +142,7 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
     def write_for_sites(
         self, key: U, names: Sequence[str], path: Path, reader: DocumentReader, *, whole: bool = True
     ) -> str:
-        """Write these envelopes from what the survivors have sent, and return the SHA-256."""
+        """Write these envelopes from the survivors' documents, and return the SHA-256."""
         envelopes = {}
         for name in names:
             sender, site = name.removeprefix(ENVELOPE).split(".")
@@ -152,11 +152,11 @@ class UploadStep(Step[U, MaskedUpdate, Any]):
         return write_document(path, Survivors(sent=survivors_of(key, reader)), specs, envelopes.values())
 
     def result_limits(self, num_cases: int | None) -> Limits:
-        """Return what survivors take, or the aggregate of a run that has gone on."""
+        """Return the limits of the survivors, or of a later aggregate."""
         return document_limits.AGGREGATE
 
     def largest_result(self, weights: int) -> int:
-        """Return how many bytes envelopes have, or that aggregate."""
+        """Return how many bytes envelopes have, or a later aggregate."""
         return MESSAGE_ALLOWANCE + max(weights, LARGEST_ENVELOPES)
 
 
@@ -174,7 +174,7 @@ def _upload_specs(found: SecureSum, site: str, lanes: Sequence[Lane]) -> dict[st
 
 # ---------------------------------------------------------------------------------------------------- confirmations
 class ConfirmationStep(Step[C, Confirmation, Any]):
-    """The survivors sign who they are. Children say of which sum."""
+    """The survivors sign the list of survivors. Children define the sum."""
 
     contribution = Confirmation
     contribution_note = ", of one set of survivors only"
@@ -186,7 +186,7 @@ class ConfirmationStep(Step[C, Confirmation, Any]):
         raise NotImplementedError
 
     def sum_of(self, key: C, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sums, one per lane."""
         raise NotImplementedError
 
     def cohort(self, key: C, state: State) -> frozenset[str]:
@@ -234,11 +234,11 @@ class ConfirmationStep(Step[C, Confirmation, Any]):
         return Confirmed(signatures={site: document.message.signature for site, document in documents.items()})
 
     def result_limits(self, num_cases: int | None) -> Limits:
-        """Return what signatures take, or the aggregate of a run that has gone on."""
+        """Return the limits of the signatures, or of a later aggregate."""
         return document_limits.AGGREGATE
 
     def largest_result(self, weights: int) -> int:
-        """Return how many bytes signatures have, or that aggregate."""
+        """Return how many bytes signatures have, or a later aggregate."""
         return MESSAGE_ALLOWANCE + weights
 
 
@@ -266,20 +266,20 @@ def check_confirmations(
 # -------------------------------------------------------------------------------------------------------- unmasking
 @dataclass(frozen=True)
 class Opened:
-    """Masked vectors that can be summed, and what is to be taken from the sums."""
+    """Masked vectors that can be summed, and the masks of their sums."""
 
     found: SecureSum
     survivors: Mapping[str, tuple[str, ...]]
     """Lane -> sites."""
     uploads: Mapping[str, Document[MaskedUpdate]]
-    """Site -> what it has sent."""
+    """Site -> its masked vectors."""
     masks: Mapping[str, Masks]
-    """Lane -> what is left of the masks. Lanes that are not here stay sealed."""
+    """Lane -> the masks that its sum still has. Lanes that are not here stay sealed."""
     false_sites: tuple[str, ...]
     """Sites whose shares were false."""
 
     def total_weight(self, lane: str) -> int:
-        """Return what the sites of a lane count together."""
+        """Return the total weight of the sites of a lane."""
         return sum(self.found.weights[site] for site in self.survivors[lane])
 
     def parts(self, name: str, begin: int, size: int, block: int) -> Iterator[np.ndarray]:
@@ -326,7 +326,7 @@ class UnmaskingStep(Step[K, Q, R]):
         raise NotImplementedError
 
     def sum_of(self, key: K, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sums, one per lane."""
         raise NotImplementedError
 
     def cohort(self, key: K, state: State) -> frozenset[str]:
@@ -355,7 +355,7 @@ class UnmaskingStep(Step[K, Q, R]):
         return self.floor(key, state) if is_masked(state) else super().closes_at(key, state)
 
     def limits(self, key: K, site: str, reader: DocumentReader) -> Limits:
-        """Return what a site's shares take."""
+        """Return the limits of a site's shares."""
         if not reader.is_masked:
             return super().limits(key, site, reader)
         return document_limits.with_tensors(self.header, tensor_bytes=self._shares_spec(key, reader).nbytes)
@@ -381,7 +381,7 @@ class UnmaskingStep(Step[K, Q, R]):
         return TensorSpec("U8", (protocol.count_revealed(found.lanes, survivors, found.least), SEED_BYTES))
 
     def outcome(self, exchange: Exchange, now: float, state: State) -> Closed:
-        """Count the survivors, whoever has helped to unmask them."""
+        """Count the survivors, not the sites that helped to unmask."""
         if not is_masked(state):
             return super().outcome(exchange, now, state)
         key: Any = exchange.key
@@ -417,7 +417,7 @@ class UnmaskingStep(Step[K, Q, R]):
                 )
             except protocol.SharesDoNotFitError as error:
                 if exchange.waiting_for:
-                    raise OSError(str(error)) from error  # to be tried again with what others answer
+                    raise OSError(str(error)) from error  # to be tried again with others' answers
                 raise
             opened = Opened(found, survivors, uploads, masks, false_sites)
             for name in masks:

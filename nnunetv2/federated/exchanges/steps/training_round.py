@@ -1,4 +1,4 @@
-"""Average the weights of a round, and remember who has contributed what."""
+"""Average the weights of a round, and record its contributions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from nnunetv2.federated.protocol.messages import Aggregate, Update
 
 
 class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[RoundKey]):
-    """The sites of a run send what they have trained, and receive the average.
+    """The sites of a run send trained weights, and receive the average.
 
     Where updates are masked (`masked_round.py`), they send the shares that unmask the sum.
     """
@@ -46,7 +46,7 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
     result_note = "; the same, averaged"
 
     def prerequisite(self, key: RoundKey) -> ExchangeKey[Any, Aggregate]:
-        """Return the round before, or what the first one begins with."""
+        """Return the round before; for the first, the initial weights."""
         return start_of(key)
 
     def check_may_begin(self, key: RoundKey, settings: FederationSettings) -> None:
@@ -67,7 +67,7 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
         return SurvivorsKey(key.run, key.number)
 
     def sum_of(self, key: RoundKey, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sums of the round."""
         return reader.round_plan(key).sum
 
     def cohort(self, key: RoundKey, state: State) -> frozenset[str]:
@@ -139,7 +139,7 @@ class TrainingRoundStep(UnmaskingStep[RoundKey, Update, Aggregate], WeightStep[R
     def check(
         self, key: RoundKey, site: str, document: Document[Update], reader: DocumentReader, settings: FederationSettings
     ) -> None:
-        """Raise WireError unless what travels in eight bits is finite."""
+        """Raise WireError unless the tensors that travel in eight bits are finite."""
         super().check(key, site, document, reader, settings)
         try:
             int8.check_packed_tensors(document)
@@ -195,7 +195,7 @@ def record_of_round(
 ) -> dict[str, Any]:
     """Return the record of a round.
 
-    Who contributed what, when, with which weight, how far, and the settings.
+    It lists the contributions with their times, weights and changes, and the settings.
 
     Args:
         measured: Site -> the metrics of its update, those of an earlier round that came with it, and the privacy that

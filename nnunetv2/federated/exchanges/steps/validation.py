@@ -1,6 +1,6 @@
-"""Add up what the sites found when they validated the aggregate of a round.
+"""Add up the sites' validations of a round's aggregate.
 
-Nobody waits for it.
+Nobody waits for them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class ValidationStep(
         return ValidationSurvivorsKey(key.run, key.number)
 
     def sum_of(self, key: ValidationKey, reader: DocumentReader) -> SecureSum:
-        """Return what is added up."""
+        """Return the masked sums of the validation."""
         return reader.validation_sum(key)
 
     def cohort(self, key: ValidationKey, state: State) -> frozenset[str]:
@@ -104,7 +104,7 @@ class ValidationStep(
         settings: FederationSettings,
         reader: DocumentReader,
     ) -> Computed:
-        """Write the pooled validation; what single sites have found is remembered here."""
+        """Write the pooled validation, and record the results of single sites."""
         key = exchange.key
         assert isinstance(key, ValidationKey)
         pooled = pooled_validation.pool(
@@ -118,7 +118,7 @@ class ValidationStep(
 
 
 def _written(key: ValidationKey, pooled: PooledValidation, reader: DocumentReader) -> Computed:
-    """Write what sites receive of a pooled validation; all of it is remembered."""
+    """Write the sites' part of a pooled validation, and record all."""
     for_sites = pooled.model_copy(update={"dice_of_site": {}, "loss_of_site": {}})
     digest = write_document(reader.result_path(key), for_sites, {}, [])
     return Computed(digest, pooled.model_dump(mode="json"))

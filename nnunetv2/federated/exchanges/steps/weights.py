@@ -1,6 +1,6 @@
-"""Share what the steps that carry weights have in common.
+"""Define the base of the steps that carry weights.
 
-Sizes, and the tensors that concern a site.
+It bounds sizes, and finds the tensors that concern a site.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class WeightStep(Step[K, Update, Aggregate]):
         raise NotImplementedError
 
     def limits(self, key: K, site: str, reader: DocumentReader) -> Limits:
-        """Return what these tensors take."""
+        """Return the limits for these tensors."""
         return document_limits.weights_limits(self.weights(key, site, reader))
 
     def tensors(self, key: K, site: str, message: Update, reader: DocumentReader) -> Mapping[str, TensorSpec]:
@@ -60,7 +60,7 @@ class WeightStep(Step[K, Update, Aggregate]):
             return reader.agreement(key.run).codec.write_for_site(result, path, names, whole=whole)
 
     def result_limits(self, num_cases: int | None) -> Limits:
-        """Return what names and shapes of tensors may take."""
+        """Return the limits for names and shapes of tensors."""
         return document_limits.AGGREGATE
 
     def largest_result(self, weights: int) -> int:

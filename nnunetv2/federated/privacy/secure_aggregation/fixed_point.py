@@ -1,9 +1,9 @@
-"""Write weights as integers, so that their sums are exact and masks can hide them.
+"""Write weights as integers for exact sums that masks can hide.
 
 float32     n w 2^f mod 2^32, where n is the weight of the site: e is by 3 above the exponent of the largest |value| of
             the tensor in the aggregate before, f = 31 - b - e, and b bits hold the sum of all n. |w| must be below 2^e.
-float16     n d 2^f mod 2^16 of the change d against what was downloaded: f = 15 - b - r, where 2^r bounds what a change
-            may be. Longer ones are cut to it; what that and rounding take comes with the next round (error feedback).
+float16     n d 2^f mod 2^16 of the change d since the download: f = 15 - b - r, where 2^r bounds |d|. Larger changes
+            are cut to it; the errors of cutting and rounding come with the next round (error feedback).
 
 A product n w is exact in float64, as is its multiplication by a power of two, so there is one rounding per site. Sums
 cannot overflow: sum of n |w| 2^f + N / 2 is below 2^31 for sums of n below 2^24 and 64 sites.
@@ -48,7 +48,7 @@ def encode_weights_(values: np.ndarray, weight: int, *, weight_bits: int, expone
 
     Args:
         values: Any shape.
-        weight: n, what this site counts.
+        weight: n, the weight of this site.
         weight_bits: b, bits of the sum of all n.
         exponent: e of the tensor.
         out: Contiguous uint32 of as many elements.

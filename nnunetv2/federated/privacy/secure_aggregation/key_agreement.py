@@ -70,7 +70,7 @@ def seal_envelope(key: bytes, content: bytes, *, outside: bytes = b"") -> bytes:
     """Encrypt content for the holder of a key.
 
     Args:
-        outside: What is to be known to it as unchanged, too.
+        outside: Associated data: authenticated with the content, not encrypted.
     """
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
@@ -82,7 +82,7 @@ def open_envelope(key: bytes, envelope: bytes, *, outside: bytes = b"") -> bytes
     """Return the content of an envelope.
 
     Raises:
-        WireError: It was not sealed with this key, or it or what is outside was changed.
+        WireError: It was not sealed with this key, or it or the associated data was changed.
     """
     from cryptography.exceptions import InvalidTag
     from cryptography.hazmat.primitives.ciphers.aead import AESGCM

@@ -1,4 +1,4 @@
-"""Add up vectors of which nobody sees one: secure aggregation by double masking.
+"""Add up vectors without showing any: secure aggregation by double masking.
 
 Method: Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning (CCS 2017). Its steps
 stand here in order, under their names, as functions on plain values that know of no network, disk or federation:
@@ -10,7 +10,7 @@ stand here in order, under their names, as functions on plain values that know o
     3 ConsistencyCheck      check_survivors, survivors_digest       signature of these     t signatures
     4 Unmasking             reveal_shares; rebuild_seeds, unmask_   shares of seeds        the sum
 
-What a site u sends for a vector x over the holders H of a lane, modulo 2^16, 2^32 or 2^64:
+For a vector x over the holders H of a lane, a site u sends, modulo 2^16, 2^32 or 2^64:
 
     y_u = x_u + PRG(b_u) + sum PRG(s_uv) over v in H above u - sum PRG(s_uv) over v in H below u
 
@@ -44,7 +44,7 @@ from nnunetv2.federated.privacy.secure_aggregation.key_agreement import (
 from nnunetv2.federated.privacy.secure_aggregation.masking import SEED_BYTES, Keystreams, apply_masks_
 
 MIN_SITES = 3
-"""With two, each sees what the other has sent."""
+"""With two, each learns the other's vector from the sum."""
 MAX_SITES = 64
 """Every site masks with every other one: beyond this, neither that nor the shares are small work any more."""
 CHECK_WORDS = 4
@@ -96,7 +96,7 @@ class Cohort:
 
     @cached_property
     def context(self) -> bytes:
-        """Digest of who masks what with which keys: part of every key that is derived."""
+        """Digest of federation, exchange, sites and their keys: part of every derived key."""
         keys = (
             part
             for site in self.sites
@@ -148,7 +148,7 @@ class Lane:
     size: int
     """Numbers; the check words come on top."""
     reference: bytes = b""
-    """Digest of what all have to have in common, such as the weights that the updates start from."""
+    """Digest of the state that all must have in common, such as the weights that the updates start from."""
 
     @property
     def length(self) -> int:
@@ -171,7 +171,7 @@ def context_digest(cohort: Cohort, lanes: Iterable[Lane]) -> str:
 # --------------------------------------------------------------------------------------------------- 1 ShareKeys
 @dataclass(frozen=True)
 class SharedKeys:
-    """The seeds of one site in one exchange, and what it hands out of them."""
+    """The seeds of one site in one exchange, with shares and commitments."""
 
     seeds: Mapping[SeedName, bytes] = field(repr=False)
     """Secret."""
@@ -199,13 +199,13 @@ def share_keys(
 ) -> SharedKeys:
     """Make the seeds of a site and share them among the cohort.
 
-    The self seeds are new each time, so masks made twice are not the same: what leaves is to be kept and sent again.
+    The self seeds are new each time, so masks made twice differ: the masked document is to be kept and sent again.
 
     Args:
         private_key: That of the site's run key.
         lanes: Those that the site sends; it is among their holders.
-        common: Other site -> digest of what this site and that one have been sent alike. If they have not, no mask that
-            they have in common cancels, in any lane.
+        common: Other site -> digest of the values that this site and that one have both received. If these differ, no
+            mask that they have in common cancels, in any lane.
     """
     secret_with = {other: agree(private_key, cohort.run_keys[other]) for other in cohort.sites}
     by_name = {lane.name: lane for lane in lanes}
@@ -297,7 +297,7 @@ def check_survivors(
     least: int,
     optional: Collection[str] = (),
 ) -> None:
-    """Check, at a site, the survivors that the coordinator names, before anything is signed.
+    """Check, at a site, the coordinator's survivors before anything is signed.
 
     Args:
         site: This one.
@@ -307,8 +307,8 @@ def check_survivors(
             sites alone: the sum of such a lane would have fewer than t of its sites.
 
     Raises:
-        RefusedError: There are too few of them, this site is not among them with exactly what it has sent, or they are
-            not of the cohort.
+        RefusedError: There are too few of them, this site is not among them with exactly the lanes that it has sent, or
+            they are not of the cohort.
     """
     named, holders = sites_among(survivors), {lane.name: lane.holders for lane in lanes}
     needed = max(least, cohort.threshold)
@@ -341,7 +341,7 @@ def revealed_names(lane: Lane, site: str, survivors: Survivors) -> list[SeedName
     """List the seeds of a survivor that are rebuilt.
 
     Those are its self seed, and the ones that it has with sites that dropped out.
-    So nobody ever learns both seeds of a site: what masks the vector of one that dropped out is its own self seed.
+    So nobody ever learns both seeds of a site: its own self seed still masks the vector of one that dropped out.
     """
     sent = survivors[lane.name]
     return [(lane.name, site), *((lane.name, other) for other in lane.holders if other not in sent)]
@@ -371,18 +371,18 @@ def reveal_shares(
     *,
     least: int,
 ) -> np.ndarray:
-    """Return a site's shares of the seeds to rebuild, uint8 of shape (number, 32).
+    """Return a site's shares of the seeds to rebuild, uint8 (number, 32).
 
     To be called after `check_survivors` and t valid signatures, and for one set of survivors only, ever.
 
     Args:
-        envelopes: Survivor -> what it has sealed for this site.
+        envelopes: Survivor -> its envelope for this site.
         least: Sites that a sum is to have; of lanes with fewer, nothing is revealed.
 
     Raises:
         WireError: An envelope is missing.
-        RefusedError: One does not open, or does not hold what it should (`false_envelope`): its site has sealed it
-            wrongly, or the coordinator has changed it, or what it says of that site's lanes.
+        RefusedError: One does not open, or has the wrong size (`false_envelope`): its site has sealed it wrongly, or
+            the coordinator has changed it or the lanes of that site.
     """
     shares: dict[tuple[str, SeedName], np.ndarray] = {}
     for sender in sites_among(survivors):
@@ -454,7 +454,7 @@ def rebuild_seeds(
     itself to.
 
     Args:
-        answers: Site -> what its `reveal_shares` has returned; at least t of them.
+        answers: Site -> the result of its `reveal_shares`; at least t of them.
         commitments: Survivor -> its commitments.
 
     Returns:
@@ -568,10 +568,10 @@ def unmask_(total: np.ndarray, lane: Lane, masks: Masks) -> None:
 
 
 def check_sum(lane: Lane, check_words: np.ndarray, weights: Mapping[str, int], sites: Sequence[str]) -> None:
-    """Raise AggregationError unless the check words of an unmasked sum are those of its sites.
+    """Raise AggregationError unless an unmasked sum's check words fit its sites.
 
     Args:
-        weights: Site -> what it counts.
+        weights: Site -> its weight.
         sites: Those whose vectors were added.
     """
     modulus = 1 << (8 * WORDS[lane.dtype].itemsize)

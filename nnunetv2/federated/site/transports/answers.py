@@ -69,7 +69,7 @@ def describe_foreign(url: str, status: int, reason: str, headers: Headers) -> st
     target = urlsplit(headers.get("Location", "")[:LONGEST_TARGET])
     if target.netloc:
         details.append(f"it points to {target.scheme}://{target.netloc}")
-    # The same line for all requests: what differs behind /v1 says nothing about who answers.
+    # The same line for all requests: the path behind /v1 says nothing about the server.
     line = ", ".join(
         [
             f"{url.partition('/v1/')[0]} answers with status {status}" + (f" ({reason})" if reason else ""),
@@ -87,7 +87,7 @@ _CAUSES = {
     407: "a proxy wants a login",
     511: "the network wants a login",
 }
-"""What a status says about what is on the way."""
+"""Status -> its cause, between site and coordinator."""
 
 
 def _is_of_another_version(model: type[BaseModel], content: bytes) -> bool:

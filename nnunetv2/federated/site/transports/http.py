@@ -108,7 +108,7 @@ class HttpTransport:
 
     Args:
         credential: Who the site is, and where the coordinator.
-        report: Told in one line what the site waits for, whenever that changes.
+        report: Receives a line of progress at every change, such as of the awaited sites.
         give_up_after_s: How long the coordinator may be away before `CoordinatorUnreachable` is raised. None: as the
             environment variable nnUNet_fed_give_up_after_h says, else a day.
         timeout_s: How long a connection may be silent before it counts as broken.
@@ -167,7 +167,7 @@ class HttpTransport:
         since: str | None = None,
         told: Callable[[bool], object] = lambda counts: None,
     ) -> Document[R]:
-        """Contribute to an exchange, wait until it is closed, and return its result.
+        """Contribute to an exchange, and return its result once it closes.
 
         Args:
             tensors: Name -> array of a dtype that travels.
@@ -183,7 +183,7 @@ class HttpTransport:
             RefusedError: The contribution is not accepted, or the contributions do not go together.
             NotJoinedError: The coordinator does not know this site.
             CoordinatorUnreachable: It did not answer for `give_up_after_s`.
-            WireError: What it sends is not the result of such an exchange, or larger than it can be.
+            WireError: Its answer is not the result of such an exchange, or larger than that can be.
         """
         receipt = self.contribute(key, message, tensors, specs=specs, told=told)
         counted_in = results.check_receipt(key, receipt.key)
@@ -204,7 +204,7 @@ class HttpTransport:
     ) -> api.Receipt:
         """Send this site's part of an exchange. Doing so again changes nothing.
 
-        This is the one place where documents leave the site; what its allow-list does not name stays.
+        This is the one place where documents leave the site, checked against its allow-list.
 
         Args:
             patience_s: How long the coordinator may be away, where that differs from `give_up_after_s`.
@@ -226,7 +226,7 @@ class HttpTransport:
         def send() -> api.Receipt:
             nonlocal attempts
             attempts += 1
-            # What is large, or may have arrived although its receipt did not, is announced before it is sent.
+            # A large document, or one whose receipt may have been lost, is announced before it is sent.
             answer: api.Receipt | api.Wanted = api.Wanted()
             if offer.size >= OFFER_FROM_BYTES or attempts > 1:
                 answer = self._offer(key, offer)
@@ -345,10 +345,10 @@ class HttpTransport:
 
     # ------------------------------------------------------------------------------------------------- rehearsals
     def rehearse_upload(self, body: Body, digest: str) -> api.Rehearsed:
-        """Send bytes without content on the way of a document, once; the coordinator keeps none.
+        """Send a rehearsal body once, as a document; the coordinator discards it.
 
         Args:
-            body: Whatever its `read` raises ends the request.
+            body: An exception of its `read` ends the request.
             digest: SHA-256 of all of it.
 
         Raises:

@@ -46,7 +46,7 @@ class NoAnswerError(FederationError):
     """The coordinator did not answer properly, but may the next time.
 
     Args:
-        text: What is wrong.
+        text: The problem.
         wait_s: Seconds that the coordinator wants to be left alone for.
     """
 
@@ -71,7 +71,7 @@ class BearerToken(requests.auth.AuthBase):
 
 
 class Session(requests.Session):
-    """A session whose own idea of whom to trust is not overruled by REQUESTS_CA_BUNDLE."""
+    """A session whose own `verify` is not overruled by REQUESTS_CA_BUNDLE."""
 
     def merge_environment_settings(
         self,
@@ -90,7 +90,7 @@ class Session(requests.Session):
 def open_session(credential: SiteCredential, *, with_token: bool = True) -> requests.Session:
     """Return a session, through the system's proxies unless to this machine.
 
-    What breaks is the caller's to repeat: urllib3 would do so with a warning each time, and without a word on its end.
+    The caller retries broken requests: urllib3 would do so with a warning each time, and without a word on its end.
     """
     session = Session()
     session.mount("http://", _Adapter())
@@ -159,7 +159,7 @@ def _cause_of(error: BaseException) -> str:
         if isinstance(cause, OSError) and cause.errno is not None:
             return (cause.strerror or errno.errorcode.get(cause.errno, str(cause.errno))).lower()
         if isinstance(cause, OSError) and str(cause).startswith("Tunnel connection failed"):
-            return str(cause).lower()  # what a proxy says
+            return str(cause).lower()  # the proxy's words
         cause = _inner_error(cause)
     return "the connection broke"
 

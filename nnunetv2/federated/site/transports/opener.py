@@ -1,6 +1,6 @@
 """Open a URL with the standard library, where `requests` is not installed.
 
-No redirect is followed, so a token goes nowhere else; no proxy is asked for what is on this machine.
+No redirect is followed, so a token goes nowhere else; no proxy is used for servers on this machine.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Find the Primus networks of dynamic_network_architectures, and check what they can be built for."""
+"""Find the Primus networks of dynamic_network_architectures, and check that patches fit them."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def _with_network(class_name: str, **shape: int) -> Callable[[Trainer], Trainer]
 
     Args:
         class_name: Of the network.
-        shape: What the first generation, a single class for all sizes, has to be told: width, depth, heads.
+        shape: Arguments of the first generation, a single class for all sizes: width, depth, heads.
     """
 
     def decorate(trainer_class: Trainer) -> Trainer:

@@ -6,10 +6,10 @@ A round is an epoch, or as many as the federation has agreed on.
     another one             | send own_e .. aggregate_e |              (every so many rounds)
 
 Weights are final when the iterations of their epoch are over, so they travel while the site validates them. Nobody
-trains on anything older for that. But what the validation finds is known only when the update has left: it travels with
-the next one. The last round has no next one and is sent after its validation.
+trains on anything older for that. But the validation's results are known only when the update has left: they travel
+with the next one. The last round has no next one and is sent after its validation.
 
-What the weights are at each moment of epoch e:
+The weights at each moment of epoch e:
 
     sent                                  the site's own weights, as the trainer's `on_train_epoch_end` leaves them, of
                                           the tensors that the sites share
@@ -22,7 +22,7 @@ What the weights are at each moment of epoch e:
                                           and kept by the coordinator
 
 Optimizer state, learning rate and augmentation stay at the site. The last epoch ends with an exchange too, so
-checkpoint_final holds the aggregate. What may follow at the site alone is in `finetuning.py`.
+checkpoint_final holds the aggregate. Fine-tuning at the site alone may follow, see `finetuning.py`.
 
 Within a round of several epochs (`--exchange-every`) nothing is sent: the site trains on with its own weights, which
 are in checkpoint_latest after each epoch, and --c goes on from them.
@@ -37,7 +37,7 @@ How a training ends:
     NaN, an epoch was cut short, ...          Weights of the epoch are sent only if it was its validation that failed
     SIGTERM                                   by the signal, as ever; a site of one process reports it first
 
-With several processes (DDP) the first one talks to the coordinator, and the others get from it what it gets.
+With several processes (DDP) the first one talks to the coordinator, and passes the answers to the others.
 
 Method: Skorupko et al., Scientific Reports 15:38312 (2025), AsymFedAvg; weighted by the number of training cases.
 """
@@ -101,7 +101,7 @@ from nnunetv2.training.options import OptionError, TrainingOptions
 from nnunetv2.training.stopping import was_signalled
 
 RESTS, RESTS_DUE = "federated_rests", "federated_rests_due"
-"""Keys of a checkpoint: what rounding has taken, and the round whose update is to bring it."""
+"""Keys of a checkpoint: the rests of rounding, and the round whose update is to bring them."""
 METRICS_OF_TRAINING = ("train_losses",)
 METRICS_OF_VALIDATION = ("val_losses", "mean_fg_dice", "dice_per_class_or_region")
 METRICS = (*METRICS_OF_TRAINING, *METRICS_OF_VALIDATION)
@@ -116,7 +116,7 @@ class PendingExchange:
     number: int
     sent: Weights = field(default_factory=dict)
     answer: Future[tuple[Weights, messages.Aggregate]] | None = None
-    """In the first process only, as is what was sent."""
+    """In the first process only, as is `sent`."""
 
     def result(self) -> tuple[Weights, messages.Aggregate]:
         """Wait for the aggregate, in the first process."""
@@ -128,10 +128,10 @@ class FederatedTraining(RenamedHooks):
     """Mixin for trainers: put it before the trainer's class."""
 
     requires_equal_plans = False
-    """Whether a site with other plans is refused, or shares what matches."""
+    """Whether a site with other plans is refused, or shares the tensors that match."""
 
     example_of_privacy: messages.PrivacyDeclaration | None = None
-    """A declaration as this trainer makes them, for those who look at what leaves before it does."""
+    """A declaration as this trainer makes them, for previews of the documents that leave."""
 
     staleness = 0
     """How many epochs the site trains on while a round is exchanged."""
@@ -162,7 +162,7 @@ class FederatedTraining(RenamedHooks):
     """Checkpoint that the network of this site starts from. All sites of a run give the same, or none."""
 
     credential: SiteCredential | None = None
-    """Who this site is; None: whoever the credential of this machine says."""
+    """The credential of this site; None: that of this machine."""
 
     make_transport: Callable[..., Transport] = staticmethod(open_transport)
     """Opens the way to the coordinator; a test or another engine puts its own here."""
@@ -171,7 +171,7 @@ class FederatedTraining(RenamedHooks):
     """The membership of this site; None before the training begins."""
 
     rests: Mapping[str, np.ndarray] = {}
-    """What a checkpoint says that rounding has taken from this site's updates."""
+    """The rests that rounding has taken from this site's updates, from a checkpoint."""
 
     rests_due: int | None = None
     """The round whose update is to bring that."""
@@ -189,7 +189,7 @@ class FederatedTraining(RenamedHooks):
     """Keeps the weights near those of the round, where the operator wants that."""
 
     shared_tensors: frozenset[str] = frozenset()
-    """Names in the network's state dict of what this site shares."""
+    """Names in the network's state dict of the tensors that this site shares."""
 
     keep_local: str | None = None
     """The tensors that sites keep their own of, as the operator has described them."""
@@ -207,10 +207,10 @@ class FederatedTraining(RenamedHooks):
     """Length of the run's schedule, also where the operator has ended the run earlier."""
 
     is_finetuning = False
-    """Whether the rounds are over, and what is trained stays here."""
+    """Whether the rounds are over, and the training stays at this site."""
 
     annotation: PartialAnnotation | None = None
-    """What this site annotates, where sites may annotate different classes."""
+    """The classes that this site annotates, where sites may annotate different ones."""
 
     local_averages: Weights = {}
     """The latest averages of these, in the first process only."""
@@ -241,7 +241,7 @@ class FederatedTraining(RenamedHooks):
             self.participant = Participant(
                 transport, site=credential.site, run=run, credential=credential, report=self.print_to_log_file
             )
-            # What ends one of several processes may be the failure of another one, which has reported that.
+            # The end of one of several processes may come from the failure of another one, which has reported that.
             speaks_last = (
                 nullcontext()
                 if is_distributed()
@@ -302,7 +302,7 @@ class FederatedTraining(RenamedHooks):
             self.finish_run()
 
     def _begin_with_annotated_classes(self) -> None:
-        """Find out what this site annotates, and let the loss do without the rest."""
+        """Find this site's annotated classes, and let the loss merge the others."""
         self.annotation = annotation_of(self.network, self.dataset_json)
         if self.annotation is None:
             return
@@ -360,7 +360,7 @@ class FederatedTraining(RenamedHooks):
             raise
 
     def _describe_state(self) -> dict[str, Any]:
-        """Add what rounding has taken from this site's updates, while it is due."""
+        """Add the rests of rounding in this site's updates, while due."""
         is_due = self.participant is not None and self.current_epoch + 1 < self.num_epochs
         rests, due = self.participant.rests() if is_due else ({}, None)
         state: dict[str, Any] = super()._describe_state()
@@ -370,7 +370,7 @@ class FederatedTraining(RenamedHooks):
         return state
 
     def load_checkpoint(self, filename_or_checkpoint: dict | str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint, with what its updates have not brought yet."""
+        """Go on from a checkpoint, with its unsent rests of rounding."""
         checkpoint = filename_or_checkpoint
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint_file(checkpoint, map_location=self.device)
@@ -426,7 +426,7 @@ class FederatedTraining(RenamedHooks):
             self.optimizer.load_state_dict(state)
 
     def declare_privacy(self) -> messages.PrivacyDeclaration | None:
-        """Return what this training promises to its patients; None for nothing."""
+        """Return the promise of this training to its patients; None for nothing."""
         return None
 
     def describe_training(self) -> messages.Registration:
@@ -448,7 +448,7 @@ class FederatedTraining(RenamedHooks):
     def _plans_to_register(self) -> Mapping[str, Any]:
         """Return the plans as far as the federation needs them.
 
-        Without statistics of this site alone where it masks such; without what else tells of this site's GPU where
+        Without statistics of this site alone where it masks such; without settings that tell of this site's GPU where
         sites have networks of their own.
         """
         plans: Mapping[str, Any] = self.plans_manager.plans

@@ -1,8 +1,8 @@
 """Train on alone from the common model, after the last round: the operator's `--finetune-epochs`.
 
 The learning rates are the last ones of the run's schedule once more. The result is a checkpoint of its own,
-checkpoint_finetuned.pth; the network is the common model again afterwards, as in checkpoint_final.pth. Whoever is
-interrupted begins again from there, and ends with the same weights.
+checkpoint_finetuned.pth; the network is the common model again afterwards, as in checkpoint_final.pth. An
+interrupted site begins again from there, and ends with the same weights.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ def check_epoch(outputs: Sequence[dict], *, epoch: int, num_iterations: int) -> 
     """Raise an error for an epoch cut short or with broken losses.
 
     Args:
-        outputs: What the training steps returned.
+        outputs: Results of the training steps.
 
     Raises:
         ShortEpochError: There were fewer steps than there should have been.

@@ -52,6 +52,6 @@ def _tensors_of_norms(network: nn.Module) -> set[str]:
     return {
         f"{module_name}.{name}"
         for module_name, module in network.named_modules(remove_duplicate=False)
-        if "Norm" in type(module).__name__ and not any(module.children())  # blocks are named after what is in them
+        if "Norm" in type(module).__name__ and not any(module.children())  # blocks are named after their content
         for name in module.state_dict()
     }

@@ -1,4 +1,4 @@
-"""Trainers for several sites: nnUNetTrainerAsymFedAvg shares what matches, nnUNetTrainerFedAvg wants equal plans."""
+"""Trainers for several sites: nnUNetTrainerAsymFedAvg shares matching tensors, nnUNetTrainerFedAvg all of them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nnunetv2.training.nnUNetTrainer.variants.federated.overlapped_training impo
 class nnUNetTrainerAsymFedAvg(FederatedTraining, nnUNetTrainer):
     """Average the parameters that several sites have in common.
 
-    What only one site has stays its own (AsymFedAvg).
+    Parameters that only one site has stay its own (AsymFedAvg).
     """
 
 

@@ -4,12 +4,12 @@
     training    ....... own_r    ........................ own_r+1  ......
     exchange                     sent_r --> aggregate_r            sent_r+1 --> ...
 
-A round is one epoch, or several with `--exchange-every`. At the end of round r + 1 the site goes on from what all sites
-had, plus what it has learned since:
+A round is one epoch, or several with `--exchange-every`. At the end of round r + 1 the site goes on from the aggregate
+of round r, plus its own progress since:
 
     sent_r+1 = aggregate_r + (own_r+1 - sent_r)
 
-The mean over the sites of what is sent is then the mean of their own weights: nothing is counted twice or lost, it only
+The mean of the weights sent is then the mean of the sites' own weights: nothing is counted twice or lost, it only
 arrives a round later (Zhu et al., Delayed Gradient Averaging, NeurIPS 2021; Zhou et al., DaSGD, arXiv:2006.00441). The
 last round is exchanged as usual, so checkpoint_final holds an aggregate. In between, checkpoint_latest holds sent_r;
 --c goes on from the last aggregate, so up to two rounds are trained again.
@@ -32,7 +32,7 @@ def catch_up(
     """Return aggregate + (own - sent), for the tensors of the aggregate; float32.
 
     Args:
-        aggregate: What became of `sent`, and of what the other sites sent.
+        aggregate: The average of `sent` and of the weights that the other sites sent.
         own: The weights of this site after a further epoch that began with `sent`.
     """
     return {name: values + (own[name] - sent[name]) for name, values in aggregate.items()}

@@ -91,7 +91,7 @@ class PartialAnnotation:
 
 
 def annotation_of(network: torch.nn.Module, dataset_json: Mapping[str, Any]) -> PartialAnnotation | None:
-    """Return what a site annotates; None where all sites annotate the same.
+    """Return a site's annotated classes; None where all sites annotate the same.
 
     Raises:
         MatchingError: The network has no segmentation heads whose rows are classes.

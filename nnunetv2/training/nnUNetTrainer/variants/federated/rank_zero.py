@@ -39,7 +39,7 @@ def ask_first_process(question: Callable[[], Answer], *, heartbeat_s: float = HE
         question: Called in the first process only. It takes part in no collective operation.
 
     Raises:
-        Exception: What the question raised, in the first process.
+        Exception: The error of the question, in the first process.
         FirstProcessError: The same, in the others.
     """
     if not is_distributed():

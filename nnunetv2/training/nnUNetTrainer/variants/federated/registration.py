@@ -76,7 +76,7 @@ def building_class(trainer: type) -> type:
     """Return the class whose method builds the network of a trainer."""
     method = inspect.getattr_static(trainer, "build_network_architecture")
     if not isinstance(method, staticmethod):
-        return trainer  # what it builds may depend on the class
+        return trainer  # its network may depend on the class
     return next(
         base
         for base in reversed(trainer.__mro__)
@@ -93,7 +93,7 @@ def architecture_digest(network: torch.nn.Module) -> str:
     lines = []
     for name, module in bare_network(network).named_modules():
         kind = type(module).__name__
-        kind = kind.removeprefix("Fast") if "InstanceNorm" in kind else kind  # what a CPU computes it with
+        kind = kind.removeprefix("Fast") if "InstanceNorm" in kind else kind  # the layer of a CPU
         is_plain = not any(True for _ in module.children()) and not module.state_dict()
         lines.append(f"{matching.normalise_name(name)} {kind}" + (f" {module.extra_repr()}" if is_plain else ""))
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

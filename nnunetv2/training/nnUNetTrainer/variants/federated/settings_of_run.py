@@ -1,4 +1,4 @@
-"""Compare the options of a site with what its federation has fixed for all sites."""
+"""Compare the options of a site with the settings of its federation."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from nnunetv2.training.nnUNetTrainer.variants.privacy.private_training import Pr
 
 
 class PrivateFederatedTraining(FederatedTraining, PrivateTraining):
-    """Mixin: both together, so that what leaves is covered by differential privacy.
+    """Mixin: both together, so that differential privacy covers the updates.
 
     Losses, Dice and counts of validated voxels stay at the site.
     """
@@ -51,9 +51,9 @@ class PrivateFederatedTraining(FederatedTraining, PrivateTraining):
         super().apply_settings(settings)
 
     def declare_privacy(self) -> PrivacyDeclaration:
-        """Return what this training promises to its patients."""
+        """Return the promise of this training to its patients."""
         return PrivacyDeclaration.model_validate(self.describe_privacy())
 
 
 class nnUNetTrainerDPAsymFedAvg(PrivateFederatedTraining, nnUNetTrainer):
-    """Average what the sites have in common (AsymFedAvg), with differential privacy for each patient."""
+    """Average the parameters in common (AsymFedAvg), with differential privacy for each patient."""

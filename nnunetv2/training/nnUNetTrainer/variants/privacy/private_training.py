@@ -5,7 +5,7 @@ backward pass of its own, clips it, sums, adds noise, and divides by the size of
 from the budget of the site, which is charged before every epoch (`federated/privacy/ledger.py`). All that becomes of
 the noisy gradients afterwards, momentum, averages and models among it, tells no more of a patient.
 
-What tells more, and stays where it is: losses and Dice of training and validation are lines of the log; the curves,
+Figures that tell more stay where they are: losses and Dice of training and validation are lines of the log; the curves,
 which go into checkpoints, pictures and to loggers, have gaps in their place. There is no checkpoint_best, which would
 be chosen by them.
 """
@@ -65,7 +65,7 @@ class PrivateTraining(_Trainer):
     }
 
     privacy_options = PrivacyOptions()
-    """What the user has asked for."""
+    """The options of the user."""
 
     patients: Patients
     privacy_plan: PrivacyPlan
@@ -89,7 +89,7 @@ class PrivateTraining(_Trainer):
 
     # ---------------------------------------------------------------------------------------------- before training
     def initialize(self) -> None:
-        """Build network, optimizer, schedule and loss; refuse what mixes patients."""
+        """Build network, optimizer, schedule and loss; refuse networks that mix patients."""
         refusals.check_process(is_ddp=self.is_ddp, has_grad_scaler=self.grad_scaler is not None)
         super().initialize()
         refusals.check_network(self.network)
@@ -106,7 +106,7 @@ class PrivateTraining(_Trainer):
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs, exponent=0.0)
 
     def check_privacy(self) -> None:
-        """Find out whom to protect; refuse what cannot be.
+        """Find the patients to protect; refuse trainings that cannot protect them.
 
         Raises:
             PrivacyRefusedError: Patients are too few, or something else than the training tells of them.
@@ -317,7 +317,7 @@ class PrivateTraining(_Trainer):
         save_json_atomically(record, self._in_output_folder(RECORD_FILE), sort_keys=False)
 
     def _options(self) -> PrivacyOptions:
-        """Return what was asked for, now or when this training began."""
+        """Return the options given now, or when this training began."""
         record = Path(self._require(self.output_folder), RECORD_FILE)
         if self.current_epoch == 0 or not record.is_file():
             return self.privacy_options
