@@ -17,6 +17,7 @@ from nnunetv2.utilities.plain_text import show
 if TYPE_CHECKING:
     from nnunetv2.annotation_audit.audit import Audit, CaseFiles
     from nnunetv2.annotation_audit.predictions import Fold
+    from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 PREDICTIONS = "predictions"
 _SHOWN = 20
@@ -122,20 +123,13 @@ def audit_annotations(
         InvalidInputError: There is no such model, or it is one for other labels or channels.
         FileNotFoundError: There is no raw dataset.
     """
-    from nnunetv2.annotation_audit.audit import compare_files, name_classes, rank
     from nnunetv2.annotation_audit.report import write_page, write_tables
     from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
-    from nnunetv2.paths import nnUNet_raw
-    from nnunetv2.plans.label_manager import LabelManager
     from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
     from nnunetv2.utilities.json_files import DATASET, read_json
-    from nnunetv2.utilities.map_cases import map_cases
 
     dataset = maybe_convert_to_dataset_name(dataset_name_or_id)
-    raw = Path(nnUNet_raw.require()) / dataset
-    if not (raw / "dataset.json").is_file():
-        raise FileNotFoundError(f"{raw / 'dataset.json'} is missing: labels and images are read from the raw dataset")
-    dataset_json = read_json(raw / "dataset.json", required=DATASET)
+    raw, dataset_json = _read_raw_dataset(dataset)
     folder, folds = _find_model(dataset, trainer, plans, configuration, model_folder, checkpoint)
     _require_same_task(read_json(folder / "dataset.json", required=DATASET), dataset_json, folder, raw)
     cases = _labelled_cases(raw, dataset_json)
@@ -156,19 +150,28 @@ def audit_annotations(
     reader = determine_reader_writer_from_dataset_json(
         dataset_json, next(iter(cases.values()))["images"][0], allow_nonmatching_filename=True, verbose=False
     )()
-    labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
-    classes = name_classes(labels)
-    compared = map_cases(
-        compare_files,
-        {case: (one.label, one.prediction, reader, classes, labels.ignore_label) for case, one in files.items()},
-        num_processes,
-        [file for one in files.values() for file in (one.label, one.prediction)],
+    audit = _rank_cases(
+        files, dataset, dataset_json, folder, reader, false_alarms=false_alarms, num_processes=num_processes
     )
-    audit = rank(compared, files, dataset=dataset, model=str(folder), classes=classes, false_alarms=false_alarms)
     write_tables(audit, target)
     write_page(audit, target, reader, num_pictures=num_pictures)
     _show_result(audit, target)
     return int(bool(audit.failed))
+
+
+def _read_raw_dataset(dataset: str) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of a raw dataset and its dataset.json.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    from nnunetv2.paths import nnUNet_raw
+    from nnunetv2.utilities.json_files import DATASET, read_json
+
+    raw = Path(nnUNet_raw.require()) / dataset
+    if not (raw / "dataset.json").is_file():
+        raise FileNotFoundError(f"{raw / 'dataset.json'} is missing: labels and images are read from the raw dataset")
+    return raw, read_json(raw / "dataset.json", required=DATASET)
 
 
 def _find_model(
@@ -240,6 +243,32 @@ def _predict_cases(
         case: CaseFiles(entry["label"], str(predictions[case]), entry["images"], planned[case].is_seen)
         for case, entry in cases.items()
     }
+
+
+def _rank_cases(
+    files: Mapping[str, CaseFiles],
+    dataset: str,
+    dataset_json: Mapping[str, Any],
+    model: Path,
+    reader: BaseReaderWriter,
+    *,
+    false_alarms: float,
+    num_processes: int,
+) -> Audit:
+    """Compare the label of every case with its prediction, and rank the cases by doubt."""
+    from nnunetv2.annotation_audit.audit import compare_files, name_classes, rank
+    from nnunetv2.plans.label_manager import LabelManager
+    from nnunetv2.utilities.map_cases import map_cases
+
+    labels = LabelManager(dataset_json["labels"], dataset_json.get("regions_class_order"))
+    classes = name_classes(labels)
+    compared = map_cases(
+        compare_files,
+        {case: (one.label, one.prediction, reader, classes, labels.ignore_label) for case, one in files.items()},
+        num_processes,
+        [file for one in files.values() for file in (one.label, one.prediction)],
+    )
+    return rank(compared, files, dataset=dataset, model=str(model), classes=classes, false_alarms=false_alarms)
 
 
 def _show_result(audit: Audit, target: Path) -> None:

@@ -230,12 +230,16 @@ def run_training(
     if processes.are_launched_by_torchrun():
         rank, world_size = processes.torchrun_rank(num_gpus)
         _run_ddp(rank, job, world_size, device.type)
-        return
-    if num_gpus > 1:
+    elif num_gpus > 1:
         processes.spawn(_run_ddp, (job, num_gpus, device.type), num_gpus, find_free_network_port)
-        return
+    else:
+        _run_alone(job, device, privacy)
+
+
+def _run_alone(job: _Job, device: torch.device, privacy: PrivacyOptions | None) -> None:
+    """Run a job in this process."""
     with seed_restored():
-        _seed(0, options)
+        _seed(0, job.options)
         trainer = _build_trainer(job, device)
         if privacy is not None:
             setattr(trainer, "privacy_options", privacy)  # noqa: B010  trainers without have been refused

@@ -122,9 +122,7 @@ def aggregate_documents(
         raise AggregationError(f"site {min(missing)} has no weight")
     held = _holders(documents, sites)
     known = {} if previous is None else previous.specs
-    kept = tuple(sorted(name for name, contributors in held.items() if len(contributors) < min_sites))
-    if missing := set(kept) - known.keys():
-        raise AggregationError(f"tensor {min(missing)} of fewer than {min_sites} sites has no earlier values to keep")
+    kept = _kept(held, known, min_sites)
     holders = {name: contributors for name, contributors in held.items() if len(contributors) >= min_sites}
     sent = {name: documents[contributors[0]].specs[name] for name, contributors in holders.items()}
     _check_specs(documents, holders, sent)
@@ -135,22 +133,12 @@ def aggregate_documents(
         if name not in holders:
             assert previous is not None  # it has values to keep
             return previous.read(name)
-        contributors = [documents[site] for site in holders[name]]
-        _check_weights(used := [float(weights[site]) for site in holders[name]])
         observe, add = None, None
         if previous is not None and known.get(name) == specs[name]:
             observe = comparison.observer(name, holders[name])
             add = None if handout is None else partial(handout.add_rest_, previous, name)
-        mean = _mean(
-            specs[name].size,
-            DTYPES[sent[name].dtype],
-            used,
-            lambda index, begin, out: contributors[index].read_into(name, begin, out),
-            observe,
-            add,
-            DTYPES[specs[name].dtype],
-        )
-        return mean.reshape(specs[name].shape)
+        contributors = {site: documents[site] for site in holders[name]}
+        return _mean_of_sites(name, contributors, weights, sent[name], specs[name], observe, add)
 
     digest = write_computed(out_path, message, specs, value_of)
     return Aggregated(digest, comparison.changes(), kept)
@@ -204,6 +192,36 @@ def collect_from_owners(
         return documents[owners[name]].read(name) if values is None else values
 
     return write_computed(out_path, message, specs, value_of)
+
+
+def _mean_of_sites(
+    name: str,
+    documents: Mapping[str, Document[Any]],
+    weights: Mapping[str, float],
+    sent_spec: TensorSpec,
+    mean_spec: TensorSpec,
+    observe: Callable[[int, int, np.ndarray], None] | None,
+    add: Callable[[int, np.ndarray], None] | None,
+) -> np.ndarray:
+    """Average a tensor over the sites of these documents; see `_mean`.
+
+    Args:
+        sent_spec: Of the tensor in the documents.
+        mean_spec: Of the tensor in the aggregate.
+    """
+    contributors = list(documents.values())
+    used = [float(weights[site]) for site in documents]
+    _check_weights(used)
+    mean = _mean(
+        mean_spec.size,
+        DTYPES[sent_spec.dtype],
+        used,
+        lambda index, begin, out: contributors[index].read_into(name, begin, out),
+        observe,
+        add,
+        DTYPES[mean_spec.dtype],
+    )
+    return mean.reshape(mean_spec.shape)
 
 
 def _mean(
@@ -303,6 +321,18 @@ def _holders(documents: Mapping[str, Document[Any]], sites: Sequence[str]) -> di
         for name in documents[site].specs:
             holders.setdefault(name, []).append(site)
     return holders
+
+
+def _kept(held: Mapping[str, Sequence[str]], known: Mapping[str, TensorSpec], min_sites: int) -> tuple[str, ...]:
+    """Return the tensors that too few sites have, sorted; `known` are those of the aggregate before.
+
+    Raises:
+        AggregationError: One of them has no values to keep; it is named.
+    """
+    kept = tuple(sorted(name for name, contributors in held.items() if len(contributors) < min_sites))
+    if missing := set(kept) - known.keys():
+        raise AggregationError(f"tensor {min(missing)} of fewer than {min_sites} sites has no earlier values to keep")
+    return kept
 
 
 def _check_specs(

@@ -21,6 +21,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from urllib.parse import urlsplit
@@ -334,58 +335,38 @@ def simulate(
         federated_planning: "ffe", "asym", or None if every site is planned and preprocessed already.
         options_of: Dataset -> further options of that site alone; they come last, and so overrule the others.
     """
-    logs = folder / "logs"
+
+    def own(site: LocalSite) -> SiteOptions:
+        return options_of.get(site.dataset, NO_OPTIONS)
+
     with running_coordinator(folder / "coordinator", sites, coordinator_options, show=show) as coordinator:
+        run = partial(run_everywhere, sites, log_folder=folder / "logs", show=show, coordinator=coordinator)
         if federated_planning is not None:
-            run_everywhere(
-                sites,
-                lambda site: [
-                    "nnUNetv2_plan_and_preprocess",
-                    "-d",
-                    site.dataset,
-                    "--federated",
-                    federated_planning,
-                    "-c",
-                    configuration,
-                    "-np",
-                    "1",
-                    "-npfp",
-                    "1",
-                    *planning_options,
-                    *options_of.get(site.dataset, NO_OPTIONS).planning,
-                ],
+            planning = ["--federated", federated_planning, "-c", configuration, "-np", "1", "-npfp", "1"]
+            planning += planning_options
+            run(
+                lambda site: ["nnUNetv2_plan_and_preprocess", "-d", site.dataset, *planning, *own(site).planning],
                 step="plan",
-                log_folder=logs,
-                show=show,
-                coordinator=coordinator,
             )
-        run_everywhere(
-            sites,
-            lambda site: [
-                "nnUNetv2_train",
-                site.dataset,
-                configuration,
-                fold,
-                "-tr",
-                trainer,
-                "-p",
-                plans_name,
-                "-device",
-                device,
-                *(["--c"] if continue_training else []),
-                *training_options,
-                *options_of.get(site.dataset, NO_OPTIONS).training,
-            ],
-            step="train",
-            log_folder=logs,
-            show=show,
-            coordinator=coordinator,
-        )
+        training = [configuration, fold, "-tr", trainer, "-p", plans_name, "-device", device]
+        training += [*(["--c"] if continue_training else []), *training_options]
+        run(lambda site: ["nnUNetv2_train", site.dataset, *training, *own(site).training], step="train")
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of `nnUNetv2_fed_simulate`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_training_options(parser)
+    add_planning_options(parser)
+    add_passed_on_options(parser)
+    add_federation_options(parser)
+    add_method_options(parser)
+    parser.add_argument("--c", dest="continue_training", action="store_true", help="go on where an earlier run stopped")
+    return parser
+
+
+def add_training_options(parser: argparse.ArgumentParser) -> None:
+    """Add the datasets and the training of their sites."""
     parser.add_argument(
         "-d",
         dest="datasets",
@@ -399,6 +380,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("-tr", dest="trainer", default="nnUNetTrainerAsymFedAvg", help="trainer (default: %(default)s)")
     parser.add_argument("-p", dest="plans_name", default="nnUNetPlans", help="plans (default: %(default)s)")
     parser.add_argument("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="default: %(default)s")
+
+
+def add_planning_options(parser: argparse.ArgumentParser) -> None:
+    """Add whether and how the sites plan."""
     parser.add_argument(
         "--federated",
         default="ffe",
@@ -406,6 +391,10 @@ def build_parser() -> argparse.ArgumentParser:
         help="plan from the pooled fingerprint (ffe), or each site on its own (asym)",
     )
     parser.add_argument("--skip_planning", action="store_true", help="every site is planned and preprocessed already")
+
+
+def add_passed_on_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that hold those of other commands."""
     parser.add_argument(
         "--planning_options",
         default="",
@@ -431,6 +420,10 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help='more options of nnUNetv2_fed_coordinator, in one text: "--epochs 50 --iterations 100"',
     )
+
+
+def add_federation_options(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of the federation, and masks."""
     parser.add_argument(
         "--folder",
         type=Path,
@@ -450,9 +443,6 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("list", "quantiles"),
         help="with --secure, what is told of spacings and shapes: those of all cases, or order statistics (list)",
     )
-    add_method_options(parser)
-    parser.add_argument("--c", dest="continue_training", action="store_true", help="go on where an earlier run stopped")
-    return parser
 
 
 def read_site_options(

@@ -300,41 +300,11 @@ class Members:
         """
         name, token_hash, now = token.partition(".")[0], hash_secret(token), self._state.clock()
         with self._lock:
-            # Looked up by hash: how long that takes tells nothing about the secret.
-            record = self._state.invitation_records.get(hash_secret(invitation))
-            member = self._state.member_records.get(name)
-            if record is None or member is None or record.member != name:
-                raise RefusedError(
-                    "this invitation is not known here",
-                    "Ask the coordinating site for a new one.",
-                    code="invitation_unknown",
-                )
+            record, member = self._invited(name, invitation)
             if record.token_hash is not None:
-                if record.token_hash == token_hash and member.token_hash == token_hash:
-                    if member.identity != identity:
-                        raise RefusedError(
-                            f"site {name} has joined with another identity",
-                            "Ask the coordinating site for a new invitation.",
-                            code="identity_changed",
-                        )
-                    return Member(name, member.role), False
-                raise RefusedError(
-                    f"the invitation of {member.role} {name} has been used already",
-                    "If that was not you, tell the coordinating site at once.",
-                    code="invitation_used",
-                )
-            if record.secret is None or now >= record.expires:
-                raise RefusedError(
-                    f"the invitation of {member.role} {name} has expired or was withdrawn",
-                    "Ask the coordinating site for a new one.",
-                    code="invitation_expired",
-                )
-            if any(token_hash == one.token_hash for one in self._state.invitation_records.values()):
-                raise RefusedError(
-                    f"the token of {member.role} {name} has been used before: a new invitation needs a new one",
-                    "Join with --replace.",
-                    code="token_reused",
-                )
+                _check_is_same_join(record, member, token_hash, identity)
+                return Member(name, member.role), False
+            self._check_can_be_used(record, member, token_hash, now)
             self._check_identity(member, identity)
             told = {} if identity is None else {"identity": identity}
             if identity is not None and member.identity not in (None, identity):
@@ -345,6 +315,38 @@ class Members:
                 event=self._state.event("join", name, None, {"role": member.role, **told}),
             )
             return Member(name, member.role), True
+
+    def _invited(self, name: str, invitation: str) -> tuple[InvitationRecord, MemberRecord]:
+        """Return an invitation and its member.
+
+        Raises:
+            RefusedError: There is no such invitation of this member.
+        """
+        # Looked up by hash: how long that takes tells nothing about the secret.
+        record = self._state.invitation_records.get(hash_secret(invitation))
+        member = self._state.member_records.get(name)
+        if record is None or member is None or record.member != name:
+            raise RefusedError(
+                "this invitation is not known here",
+                "Ask the coordinating site for a new one.",
+                code="invitation_unknown",
+            )
+        return record, member
+
+    def _check_can_be_used(self, record: InvitationRecord, member: MemberRecord, token_hash: str, now: float) -> None:
+        """Raise RefusedError unless an invitation is still open, and the token a new one."""
+        if record.secret is None or now >= record.expires:
+            raise RefusedError(
+                f"the invitation of {member.role} {member.name} has expired or was withdrawn",
+                "Ask the coordinating site for a new one.",
+                code="invitation_expired",
+            )
+        if any(token_hash == one.token_hash for one in self._state.invitation_records.values()):
+            raise RefusedError(
+                f"the token of {member.role} {member.name} has been used before: a new invitation needs a new one",
+                "Join with --replace.",
+                code="token_reused",
+            )
 
     def needs_identity(self, name: str) -> bool:
         """Return whether a member is a site of a federation that aggregates securely."""
@@ -508,6 +510,22 @@ class Members:
         return tuple(
             api.TrafficStatus(site=site, key=key, bytes_received=count.received, bytes_sent=count.sent)
             for _, site, key, count in latest
+        )
+
+
+def _check_is_same_join(record: InvitationRecord, member: MemberRecord, token_hash: str, identity: str | None) -> None:
+    """Raise RefusedError unless a join repeats the one that has used the invitation."""
+    if record.token_hash != token_hash or member.token_hash != token_hash:
+        raise RefusedError(
+            f"the invitation of {member.role} {member.name} has been used already",
+            "If that was not you, tell the coordinating site at once.",
+            code="invitation_used",
+        )
+    if member.identity != identity:
+        raise RefusedError(
+            f"site {member.name} has joined with another identity",
+            "Ask the coordinating site for a new invitation.",
+            code="identity_changed",
         )
 
 

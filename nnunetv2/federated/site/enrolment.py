@@ -82,28 +82,12 @@ def join(
     )
     save_credential(credential, pending)
     identity = public_of(make_identity(path)) if invitation.secure else None
-    try:
-        answer = request_to_join(credential, invitation.secret, identity)
-    except RefusedError:
-        pending.unlink()
-        if authority is not None:
-            authority.unlink()
-        raise
+    answer = _join_or_clear_away(credential, invitation, identity, pending)
     if answer.role == "site":  # others only look on
         _check_protection(invitation, answer.settings)
     credential = credential.agreeing_with(answer.settings)
     _settle(credential, pending, path)
-    others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
-    who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"
-    joined = f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
-    if credential.networks == "own" and answer.role == "site":
-        joined += ". Each site has a network of its own: plan with --federated and your own -gpu_memory_target or -pl"
-    if credential.secure is None:
-        return joined
-    return (
-        f"{joined}. Its sites mask what they send, {credential.secure} or more together: when all have joined, compare "
-        "the number of the roster with them (nnUNetv2_fed_roster)"
-    )
+    return _describe_joined(answer, credential, path)
 
 
 def _check_is_not_connected(path: Path) -> None:
@@ -155,6 +139,19 @@ def _impostor(invitation: Invitation, why: str) -> FederationError:
     )
 
 
+def _join_or_clear_away(
+    credential: SiteCredential, invitation: Invitation, identity: str | None, pending: Path
+) -> api.JoinAnswer:
+    """Ask to join; delete the pending credential and its authority if the coordinator refuses."""
+    try:
+        return request_to_join(credential, invitation.secret, identity)
+    except RefusedError:
+        pending.unlink()
+        if credential.authority is not None:
+            Path(credential.authority).unlink()
+        raise
+
+
 def _settle(credential: SiteCredential, pending: Path, path: Path) -> None:
     """Put an accepted credential, and its authority, in their places.
 
@@ -166,6 +163,21 @@ def _settle(credential: SiteCredential, pending: Path, path: Path) -> None:
         )
     save_credential(credential, path)
     pending.unlink()
+
+
+def _describe_joined(answer: api.JoinAnswer, credential: SiteCredential, path: Path) -> str:
+    """Return a line about a member that has joined, and its next steps."""
+    others = ", ".join(site for site in answer.settings.sites if site != answer.site) or "none"
+    who = f"Site {answer.site}" if answer.role == "site" else f"{answer.role.capitalize()} {answer.site}"
+    joined = f"{who} has joined {answer.federation} at {credential.url}; other sites: {others}. Credential: {path}"
+    if credential.networks == "own" and answer.role == "site":
+        joined += ". Each site has a network of its own: plan with --federated and your own -gpu_memory_target or -pl"
+    if credential.secure is None:
+        return joined
+    return (
+        f"{joined}. Its sites mask what they send, {credential.secure} or more together: when all have joined, compare "
+        "the number of the roster with them (nnUNetv2_fed_roster)"
+    )
 
 
 def _authority_path(credential: Path) -> Path:

@@ -213,21 +213,12 @@ class Participant:
             )
         next_round = state.rounds_closed if state.closed else state.open_round
         if next_round is None:
-            if epoch > 0 and self.site in self._match().initial_owner.values():
-                raise FederationError(
-                    f"run {self.run} has not begun, and this site's checkpoint is at epoch {epoch}: what it has "
-                    "trained alone would go to all others as it is, for they begin with its weights. Start without --c"
-                )
+            self._check_owns_nothing_trained(epoch)
             is_registered = self.site in state.registered
             return Position(0, self._begin(weights, is_registered=is_registered), begins=is_registered)
         check_round(next_round)
+        self._check_is_not_ahead(epoch, next_round, farthest=rounds.first_epoch(next_round + 1 + staleness))
         first_epoch = rounds.first_epoch(next_round)
-        if epoch > rounds.first_epoch(next_round + 1 + staleness):
-            raise FederationError(
-                f"run {self.run} is at round {next_round}, this site's checkpoint at epoch {epoch}: it comes from "
-                "another federation, or the coordinator was restored from a backup. Start without --c to go on with "
-                "this run, or use the credential of the other federation."
-            )
         key = keys.RoundKey(self.run, next_round - 1) if next_round else keys.InitialKey(self.run)
         document = self.transport.result(key)
         average = self._read(document)
@@ -240,6 +231,23 @@ class Participant:
             and epoch != num_epochs
         )
         return Position(epoch if is_within else first_epoch, average, is_within=is_within, is_over=state.closed)
+
+    def _check_owns_nothing_trained(self, epoch: int) -> None:
+        """Raise FederationError if a run would begin with weights that this site has trained alone."""
+        if epoch > 0 and self.site in self._match().initial_owner.values():
+            raise FederationError(
+                f"run {self.run} has not begun, and this site's checkpoint is at epoch {epoch}: what it has "
+                "trained alone would go to all others as it is, for they begin with its weights. Start without --c"
+            )
+
+    def _check_is_not_ahead(self, epoch: int, next_round: int, *, farthest: int) -> None:
+        """Raise FederationError if this site's checkpoint is ahead of the run."""
+        if epoch > farthest:
+            raise FederationError(
+                f"run {self.run} is at round {next_round}, this site's checkpoint at epoch {epoch}: it comes from "
+                "another federation, or the coordinator was restored from a backup. Start without --c to go on with "
+                "this run, or use the credential of the other federation."
+            )
 
     def exchange(self, number: int, weights: Weights, update: messages.Update) -> tuple[Weights, messages.Aggregate]:
         """Exchange a round's shared weights; return the aggregate under local names.

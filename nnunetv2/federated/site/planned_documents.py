@@ -163,6 +163,23 @@ def training_documents(
         rounds = [_round_in_clear(when, specs, values(metrics), values(later_metrics), precision)]
         validations = [] if num_classes is None else [_validation_in_clear(validated, num_classes)]
     return [
+        *_before_the_first_round(registration, specs, networks),
+        *rounds,
+        *validations,
+        Disclosure(
+            when=f"training {registration.configuration}, if it fails",
+            known=False,
+            message=api.FailureReport(run=run, round=10**7, reason="OutOfMemoryError"),
+            passed_on="all of it; the reason is a kind of error, never its text",
+        ),
+    ]
+
+
+def _before_the_first_round(
+    registration: Registration, specs: Mapping[str, TensorSpec], networks: Networks
+) -> list[Disclosure]:
+    """Return the registration and the initial values."""
+    return [
         Disclosure(
             when=f"training {registration.configuration}, before the first round",
             message=registration,
@@ -175,14 +192,6 @@ def training_documents(
             specs=specs,
             known=False,
             passed_on="for each tensor, the values of the site with most cases that has it; at most all of these",
-        ),
-        *rounds,
-        *validations,
-        Disclosure(
-            when=f"training {registration.configuration}, if it fails",
-            known=False,
-            message=api.FailureReport(run=run, round=10**7, reason="OutOfMemoryError"),
-            passed_on="all of it; the reason is a kind of error, never its text",
         ),
     ]
 

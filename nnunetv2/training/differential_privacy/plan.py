@@ -84,34 +84,22 @@ def make_plan(
         BudgetError: There is no budget, or the plan does not fit into it. The message has one that does.
         ValueError: More patients are asked for in each step than there are, or delta says nothing.
     """
-    dataset = ledger.path.parent.name
     budget, limit = _limits(options, ledger, num_patients=num_patients)
     lot = options.lot or max(1, min(LARGEST_LOT, num_patients // 4))
     if lot > num_patients:
         raise ValueError(f"--dp_lot {lot} is more than the {num_patients} patients of the training split")
     rate = lot / num_patients
-    spent = ledger.spent
-    sigma: float | None
-    if not epochs:  # the training is over: it may have spent everything, and its record keeps the noise that it had
-        sigma = sigma_before or options.sigma or accounting.LARGEST_SIGMA
-    elif options.sigma is not None:
-        sigma = options.sigma
-    else:
-        count = (epochs + spare_epochs(epochs)) * steps
-        sigma = _find_sigma(spent, rate, count, epsilon=limit, delta=budget.delta, sigma_before=sigma_before)
+    spent, delta = ledger.spent, budget.delta
+    name = (training, ledger.path.parent.name)
+    sigma = _choose_sigma(
+        options, spent, rate, epochs=epochs, steps=steps, epsilon=limit, delta=delta, sigma_before=sigma_before
+    )
     if sigma is None:
-        now = accounting.epsilon_of(spent, budget.delta)
-        raise BudgetError(
-            f"the patients of {dataset} are at epsilon {now:.4g} of {limit:g}: nothing is left for {training}. "
-            "Raise --dp_epsilon or the budget (nnUNetv2_fed_privacy)"
-            + ("" if sigma_before is None else ", or use the model as it is (-chk checkpoint_latest.pth)")
-        )
+        raise BudgetError(_nothing_left(spent, limit=limit, delta=delta, name=name, is_begun=sigma_before is not None))
     epoch = NoisySteps(rate, sigma, steps)
-    epsilon = accounting.epsilon_of([*spent, NoisySteps(rate, sigma, steps * epochs)], budget.delta)
+    epsilon = accounting.epsilon_of([*spent, NoisySteps(rate, sigma, steps * epochs)], delta)
     if epochs and epsilon > limit:
-        raise BudgetError(
-            _over_budget(spent, epoch, epochs, epsilon, limit=limit, delta=budget.delta, name=(training, dataset))
-        )
+        raise BudgetError(_over_budget(spent, epoch, epochs, epsilon, limit=limit, delta=delta, name=name))
     return PrivacyPlan(
         lot=lot,
         rate=rate,
@@ -122,7 +110,7 @@ def make_plan(
         epochs=epochs,
         epsilon=epsilon,
         limit=limit,
-        delta=budget.delta,
+        delta=delta,
     )
 
 
@@ -154,6 +142,26 @@ def _limits(options: PrivacyOptions, ledger: Ledger, *, num_patients: int) -> tu
     return budget, limit
 
 
+def _choose_sigma(
+    options: PrivacyOptions,
+    spent: Sequence[NoisySteps],
+    rate: float,
+    *,
+    epochs: int,
+    steps: int,
+    epsilon: float,
+    delta: float,
+    sigma_before: float | None,
+) -> float | None:
+    """Return the noise multiplier of the epochs to come; None if nothing is left for them."""
+    if not epochs:  # the training is over: it may have spent everything, and its record keeps the noise that it had
+        return sigma_before or options.sigma or accounting.LARGEST_SIGMA
+    if options.sigma is not None:
+        return options.sigma
+    count = (epochs + spare_epochs(epochs)) * steps
+    return _find_sigma(spent, rate, count, epsilon=epsilon, delta=delta, sigma_before=sigma_before)
+
+
 def _find_sigma(
     spent: Sequence[NoisySteps], rate: float, count: int, *, epsilon: float, delta: float, sigma_before: float | None
 ) -> float | None:
@@ -164,6 +172,19 @@ def _find_sigma(
     if sigma is not None and sigma_before is not None and sigma > RUINOUS * sigma_before:
         return None
     return sigma
+
+
+def _nothing_left(
+    spent: Sequence[NoisySteps], *, limit: float, delta: float, name: tuple[str, str], is_begun: bool
+) -> str:
+    """Say that the budget is spent, and how a training can be had all the same."""
+    training, dataset = name
+    now = accounting.epsilon_of(spent, delta)
+    return (
+        f"the patients of {dataset} are at epsilon {now:.4g} of {limit:g}: nothing is left for {training}. "
+        "Raise --dp_epsilon or the budget (nnUNetv2_fed_privacy)"
+        + (", or use the model as it is (-chk checkpoint_latest.pth)" if is_begun else "")
+    )
 
 
 def _over_budget(

@@ -210,54 +210,20 @@ class Int8WithErrorFeedback:
         names = sorted(name for name in previous.specs if not name.endswith((REST, CHANGE)))
         holders = {name: [site for site in sites if name in documents[site].specs] for name in names}
         kept = tuple(name for name in names if 0 < len(holders[name]) < min_sites)
-        squares: dict[str, list[float]] = {site: [] for site in sites}
-        sizes = dict.fromkeys(sites, 0)
+        moves = _Moves(sites)
 
         def tensors() -> Iterator[np.ndarray]:
             for name in names:
-                spec, counted = previous.specs[name], holders[name]
-                after, change, rest = (
-                    np.empty(size, dtype)
-                    for size, dtype in (
-                        (spec.size, np.float32),
-                        (packed_size(spec.size), np.int8),
-                        (spec.size, np.float32),
-                    )
-                )
-                for part, packed in _chunks(spec.size):
-                    before = _read(previous, name, part)
-                    due = _rest_of(previous, name, part).astype(np.float64)
-                    mean = np.zeros(before.size)
-                    for site in counted:
-                        moved = unpack(_read(documents[site], name, packed), before.shape).astype(np.float64)
-                        squares[site].append(float(moved @ moved))
-                        mean += moved * (_weight_of(weights, site) / total_of(counted))
-                    is_kept = name in kept or not counted  # then rounding errors stay due
-                    with np.errstate(over="ignore"):  # infinite values are refused
-                        change[packed] = pack(np.zeros(before.size) if is_kept else due + mean)
-                        after[part] = before + unpack(change[packed], before.shape)
-                    rest[part] = due + (0 if is_kept else mean) - (after[part].astype(np.float64) - before)
-                for site in counted:
-                    sizes[site] += spec.size
-                if not np.isfinite(after).all():
-                    furthest = max(counted, key=lambda site: math.fsum(squares[site]))
-                    raise AggregationError(
-                        f"tensor {name}: the mean is not finite; the update of site {furthest} moves furthest"
-                    )
-                yield after.reshape(spec.shape)
-                yield change
-                yield rest.reshape(spec.shape)
-
-        def total_of(counted: Iterable[str]) -> float:
-            return math.fsum(_weight_of(weights, site) for site in counted)
+                contributors = {site: documents[site] for site in holders[name]}
+                is_kept = name in kept or not contributors
+                yield from _combine_tensor(name, contributors, weights, previous, moves, is_kept=is_kept)
 
         specs: dict[str, TensorSpec] = {}
         for name in names:
             spec = previous.specs[name]
             specs |= {name: spec, f"{name}{CHANGE}": as_packed({"": spec})[""], f"{name}{REST}": spec}
         digest = write_document(out_path, message, specs, tensors())
-        changes = {site: Change(math.sqrt(math.fsum(squares[site])), sizes[site]) for site in sites}
-        return Aggregated(digest, changes, kept)
+        return Aggregated(digest, moves.changes(), kept)
 
     def handed_out(self, values: np.ndarray) -> np.ndarray:
         """Return the values, which sites have as they are kept."""
@@ -272,6 +238,80 @@ class Int8WithErrorFeedback:
         specs = {name: source.spec(f"{name}{behind}") for name in ordered}
         tensors = (_read(source, f"{name}{behind}").reshape(specs[name].shape) for name in ordered)
         return write_document(path, source.message, specs, tensors)
+
+
+class _Moves:
+    """Add up how far every site has moved, while its changes come by."""
+
+    def __init__(self, sites: Iterable[str]) -> None:
+        self._squares: dict[str, list[float]] = {site: [] for site in sites}
+        self._sizes = dict.fromkeys(self._squares, 0)
+
+    def add(self, site: str, change: np.ndarray) -> None:
+        """Count a part of a tensor."""
+        self._squares[site].append(float(change @ change))
+        self._sizes[site] += change.size
+
+    def furthest(self, sites: Iterable[str]) -> str:
+        """Return the one of these sites that has moved furthest."""
+        return max(sites, key=lambda site: math.fsum(self._squares[site]))
+
+    def changes(self) -> dict[str, Change]:
+        """Return the change of every site."""
+        return {
+            site: Change(math.sqrt(math.fsum(squares)), self._sizes[site]) for site, squares in self._squares.items()
+        }
+
+
+def _combine_tensor(
+    name: str,
+    documents: Mapping[str, Document[Update]],
+    weights: Mapping[str, float],
+    previous: Document[Aggregate],
+    moves: _Moves,
+    *,
+    is_kept: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return b of a tensor, the packed change that leads to it, and c.
+
+    Args:
+        documents: Site -> its update, of the sites that have the tensor.
+        is_kept: The average stays, and its rounding errors stay due.
+    """
+    spec = previous.specs[name]
+    after, rest = np.empty(spec.size, np.float32), np.empty(spec.size, np.float32)
+    change = np.empty(packed_size(spec.size), np.int8)
+    for part, packed in _chunks(spec.size):
+        before = _read(previous, name, part)
+        due = _rest_of(previous, name, part).astype(np.float64)
+        mean = _mean_change(name, packed, before.size, documents, weights, moves)
+        with np.errstate(over="ignore"):  # infinite values are refused
+            change[packed] = pack(np.zeros(before.size) if is_kept else due + mean)
+            after[part] = before + unpack(change[packed], before.shape)
+        rest[part] = due + (0 if is_kept else mean) - (after[part].astype(np.float64) - before)
+    if not np.isfinite(after).all():
+        raise AggregationError(
+            f"tensor {name}: the mean is not finite; the update of site {moves.furthest(documents)} moves furthest"
+        )
+    return after.reshape(spec.shape), change, rest.reshape(spec.shape)
+
+
+def _mean_change(
+    name: str,
+    packed: slice,
+    size: int,
+    documents: Mapping[str, Document[Update]],
+    weights: Mapping[str, float],
+    moves: _Moves,
+) -> np.ndarray:
+    """Return the average change of `size` values of a tensor, float64; `packed` are their bytes in the updates."""
+    total = math.fsum(_weight_of(weights, site) for site in documents)
+    mean = np.zeros(size)
+    for site, document in documents.items():
+        change = unpack(_read(document, name, packed), (size,)).astype(np.float64)
+        moves.add(site, change)
+        mean += change * (_weight_of(weights, site) / total)
+    return mean
 
 
 def check_packed_tensors(document: Document[Any]) -> None:

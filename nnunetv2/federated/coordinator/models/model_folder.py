@@ -30,6 +30,7 @@ from nnunetv2.federated.exchanges.documents import DocumentReader
 from nnunetv2.federated.exchanges.network_groups import find_networks, never_averaged
 from nnunetv2.federated.exchanges.outlook import counters_of, foresee_model
 from nnunetv2.federated.privacy.own_networks import OWN_PLANS, resolve
+from nnunetv2.federated.protocol.api import NetworkOutlook
 from nnunetv2.federated.protocol.keys import PlansKey, RoundKey
 from nnunetv2.federated.protocol.messages import Match, Registration
 from nnunetv2.federated.protocol.rounds import Rounds
@@ -54,10 +55,7 @@ def keep_models(run: str, folder: Path, *, final: int, best: int | None, archive
     match = archive.agreement(run).match
     outlook = foresee_model(registrations.items(), match)
     if outlook.obstacle:
-        return (
-            f"no model folder is written, the last aggregate is {archive.result_path(RoundKey(run, final))}: "
-            f"{outlook.obstacle}"
-        )
+        return _no_model(run, final, archive, outlook.obstacle)
     names = names_of_site(site, registration, match)
     registration = registration.model_copy(update={"plans": plans_of_sites(registrations, archive)})
     registrations[site] = registration
@@ -88,18 +86,12 @@ def keep_models_of_networks(
     first = next(iter(registrations.values()))
     networks = [one for one in find_networks(registrations.items(), match) if not one.obstacle]
     if not networks:
-        return (
-            f"no model folder is written, the last aggregate is {archive.result_path(RoundKey(run, final))}: "
-            "no network of any site is shared whole"
-        )
+        return _no_model(run, final, archive, "no network of any site is shared whole")
     models, lacking = [], []
     averaged = {number: rounds_until(number) for number in (final, best) if number is not None}
     for network in networks:
-        # Of its sites, the one whose initial weights all have started from says how large a patch is.
-        site = min(network.sites, key=lambda one: (-registrations[one].num_training_cases, one))
-        registration = registrations[site].model_copy(
-            update={"plans": plans_of_network(registrations[site], registrations, network.name)}
-        )
+        described = _registrations_for(network, registrations)
+        site, registration = next(iter(described.items()))
         names = names_of_site(site, registration, match)
         lacks = {number: never_averaged(match.received_by(site), match, rounds) for number, rounds in averaged.items()}
         if lacks[final]:
@@ -109,7 +101,7 @@ def keep_models_of_networks(
             _write_model(
                 run,
                 folder,
-                {site: registration, **{other: one for other, one in registrations.items() if other != site}},
+                described,
                 names,
                 final=final,
                 best=None if best is None or lacks[best] else best,
@@ -118,10 +110,7 @@ def keep_models_of_networks(
             )
         )
     if not models:
-        return (
-            f"no model folder is written, the last aggregate is {archive.result_path(RoundKey(run, final))}: "
-            f"{'; '.join(lacking)}"
-        )
+        return _no_model(run, final, archive, "; ".join(lacking))
     together = folder / f"{first.trainer}__{OWN_PLANS}__{first.configuration}.zip"
     # With those of other folds, whose networks may be others.
     packed = sorted(
@@ -129,6 +118,20 @@ def keep_models_of_networks(
     )
     where = ", ".join(map(str, models)) + (f" ({'; '.join(lacking)})" if lacking else "")
     return f"model written to {where} and {_write_zip(together, packed, first)}"
+
+
+def _no_model(run: str, final: int, archive: DocumentReader, reason: str) -> str:
+    """Say in one line that there is no model folder, why, and where the last aggregate is."""
+    return f"no model folder is written, the last aggregate is {archive.result_path(RoundKey(run, final))}: {reason}"
+
+
+def _registrations_for(network: NetworkOutlook, registrations: Mapping[str, Registration]) -> dict[str, Registration]:
+    """Return all registrations, first that of a site of the network, which gets the plans of its common model."""
+    # Of its sites, the one whose initial weights all have started from says how large a patch is.
+    site = min(network.sites, key=lambda one: (-registrations[one].num_training_cases, one))
+    plans = plans_of_network(registrations[site], registrations, network.name)
+    others = {other: one for other, one in registrations.items() if other != site}
+    return {site: registrations[site].model_copy(update={"plans": plans}), **others}
 
 
 def names_of_site(site: str, registration: Registration, match: Match) -> dict[str, str | tuple[str, ...]]:
