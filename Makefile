@@ -2,7 +2,7 @@
 # PYTHON picks the interpreter (3.10 to 3.13), VENV the folder of the virtual environment, WORKERS how many tests run at
 # the same time.
 PYTHON ?= python3
-WORKERS ?= 2
+WORKERS ?= 3
 VENV ?= .venv
 REFERENCE ?= .venv-reference
 NVFLARE ?= .venv-nvflare

@@ -233,7 +233,7 @@ def add_method_options(parser: argparse.ArgumentParser, *, with_files: bool = Tr
         "--keep-local",
         metavar="WHAT",
         help="tensors of which each site goes on with its own, although their average is part of the common model: "
-        "norm, head, decoder, or names of modules and tensors with wildcards (default: none)",
+        "norm, head, or names of modules and tensors with wildcards (default: none)",
     )
     how.add_argument(
         "--finetune-epochs",

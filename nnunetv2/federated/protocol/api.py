@@ -84,7 +84,7 @@ class FederationSettings(WithPrecision):
     proximal: Positive | None = None
     """Strength of the proximal term that keeps a site's weights near those of its round. None: there is none."""
     keep_local: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.*?\[\]!-]{1,200}$")] | None = None
-    """Tensors that sites send but keep their own of: norm, head, decoder, or names with wildcards. None: none."""
+    """Tensors that sites send but keep their own of: norm, head, or names with wildcards. None: none."""
     finetune_epochs: Annotated[int, Field(ge=0, le=10**7)] = 0
     """Epochs for which each site trains on alone, after the last round."""
     initial_weights: Digest | None = None

@@ -16,7 +16,7 @@ from nnunetv2.federated.errors import FederationError
 from nnunetv2.models.networks import bare_network
 from nnunetv2.training.freezing import is_in_module
 
-NORM, HEAD, DECODER = "norm", "head", "decoder"
+NORM, HEAD = "norm", "head"
 
 
 def find_local_tensors(network: nn.Module, what: str, shared: Collection[str]) -> frozenset[str]:
@@ -24,7 +24,7 @@ def find_local_tensors(network: nn.Module, what: str, shared: Collection[str]) -
 
     Args:
         network: May be wrapped by DDP or torch.compile.
-        what: `norm` (normalization layers), `head` (layers that output classes), `decoder`, or the name of a module or
+        what: `norm` (normalization layers), `head` (layers that output classes), or the name of a module or
             tensor, in which `*`, `?` and `[...]` stand for characters as in file names.
         shared: Names in the network's state dict.
 
