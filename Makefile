@@ -9,6 +9,9 @@ NVFLARE ?= .venv-nvflare
 SOURCES = nnunetv2 tests benchmarks demo documentation setup.py
 PYTEST = $(VENV)/bin/python -m pytest --durations=15
 
+# Tests start hundreds of processes: whatever the environment says, let them share what Python has compiled.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help demo test quick coverage parity reference engine nvflare federation-matrix lint format typing-baseline clean
 
 help:  ## list the targets

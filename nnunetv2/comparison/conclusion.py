@@ -31,7 +31,7 @@ def conclude(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) ->
         if parts:
             told.append(f"{PLACES[place].capitalize()}: {'; '.join(parts)}.")
     if not told:
-        return "There is no federated arm beside one without a federation: nothing is compared."
+        return "There is no federated arm beside another arm: nothing is compared."
     return " ".join([*told, *_reservations(study, comparisons)])
 
 

@@ -60,7 +60,8 @@ class Findings:
 def find(study: Study, scores: Sequence[Score], costs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Findings:
     """Compute all that the report shows."""
     sites = {one.number: one.name for one in study.sites}
-    references = [arm.name for arm in study.arms if not arm.is_federated]
+    # Where all are federated, they are switches of one method, and the first arm is the method without them.
+    references = [arm.name for arm in study.arms if not arm.is_federated] or [study.arms[0].name]
     values: dict[tuple[Place, str], CaseValues] = {}
     for place in PLACES:
         for metric in METRICS:

@@ -160,3 +160,12 @@ def test_the_conclusion_names_what_is_shown_and_what_is_not(tmp_path):
     assert "At hospitals that nobody trained on: there are too few cases to compare ffe and alone." in untested
     assert "With 12 test cases at hospitals that nobody trained on, only large" in untested
     assert "nothing is compared" in conclude(make_study(tmp_path, arms=("alone",)), {"own": []})
+
+
+def test_where_all_arms_are_federated_they_are_compared_with_the_first(tmp_path, monkeypatch):
+    monkeypatch.setitem(LEVELS, "asym", 0.6)
+    for arms, reference in ((("ffe", "asym"), "ffe"), (("asym", "ffe"), "asym"), (("ffe", "alone"), "alone")):
+        study = make_study(tmp_path, arms=arms)
+        [one] = find(study, make_scores(study), {}).comparisons["own"]
+        assert {one.arm, one.reference} == set(arms)
+        assert one.reference == reference
