@@ -21,9 +21,14 @@ class Notifier:
 
     Those who wait do so on one event loop, which `bind` names; whoever notifies may be on any thread. Without a loop
     nobody waits, and nothing happens.
+
+    Args:
+        hears_progress: Whether progress is notified, too. At a gateway it is not: requests that have waited in vain
+            look again.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, hears_progress: bool = True) -> None:
+        self.hears_progress = hears_progress
         self.stopping = False
         self.count = 0
         """Changes since the start. Read by the event loop only."""

@@ -97,7 +97,7 @@ class RemoteCoordinator:
         self._token_hash = hash_secret(token)
         self._away_s = away_s
         self._piece_bytes = piece_bytes
-        self._notifier = Notifier()
+        self._notifier = Notifier(hears_progress=False)
         for name in ("incoming", "outgoing", "results"):
             (folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
         self._outgoing, self._results = folder / "outgoing", folder / "results"

@@ -177,8 +177,9 @@ async def get_result(request: Request) -> Response:
         if not isinstance(outcome, Result) and wait_s > 0 and not notifier.stopping:
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(change.wait(), wait_s)
-            site_of(request)  # it may have been revoked meanwhile
-            outcome = await run_in_threadpool(find)  # without news, too: a gateway is not told of mere progress
+            if change.is_set() or not notifier.hears_progress:
+                site_of(request)  # it may have been revoked meanwhile
+                outcome = await run_in_threadpool(find)
     if isinstance(outcome, Result):
         downloads = services_of(request).reception.downloads
         return DigestedFile(outcome.path, outcome.digest, downloads, {"X-Gathering": outcome.key})
