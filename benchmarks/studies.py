@@ -114,6 +114,9 @@ WHOLE_IMAGES_2D: Mapping[str, Any] = {**SMALL_2D, "spacing": [2.0, 2.0]}
 COARSE_IMAGES_2D: Mapping[str, Any] = {**SMALL_2D, "patch_size": [64, 64], "spacing": [4.0, 4.0]}
 """The same at a quarter of the resolution: a third of the time, for the many arms that differ in one switch."""
 
+VESSELS_2D: Mapping[str, Any] = {**SMALL_2D, "batch_size": 2, "spacing": [2.0, 2.0]}
+"""Vessels are two to four pixels wide at half the resolution."""
+
 CORD_2D: Mapping[str, Any] = {**SMALL_2D, "batch_size": 2, "patch_size": [64, 64], "spacing": [0.75, 0.75]}
 """48 mm around the cord, which is 12 mm wide."""
 
@@ -182,8 +185,8 @@ TASKS: Mapping[str, Task] = {
         scans=retina,
         configuration="2d",
         epochs=40,
-        iterations=25,
-        network=SMALL_2D,
+        iterations=12,
+        network=VESSELS_2D,
         copies_images=True,
     ),
     "spinalcord-1": _cord_task("ucl", "nwu"),

@@ -1,0 +1,109 @@
+"""Put the two studies of the spinal cord into one table: six hospitals, each tested by those that never saw its scans.
+
+    python -m benchmarks.spinal_cord_table [FOLDER] --reference alone
+
+FOLDER holds spinalcord-1.json and spinalcord-2.json, results of `nnUNetv2_fed_compare` (default: `study_results/`).
+
+Four hospitals have one scan, so nobody can train on it and test at home. Each of them is left out of one study, whose
+models are tested there; the other two hospitals have a second scan for tests. At home is the mean of the latter two;
+elsewhere is one value per hospital, the mean over all models of other hospitals, both studies and all seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.studies import CORD_SITES, KNOWN
+from nnunetv2.comparison.scores import CaseValues, Score, place_of, value_of
+from nnunetv2.comparison.significance import compare_arms, estimate_mean
+
+STUDIES = ("spinalcord-1", "spinalcord-2")
+Values = Mapping[str, Mapping[str, Mapping[int, float]]]
+"""Arm -> hospital -> seed -> mean over models and studies."""
+
+
+def read_scores(content: Mapping[str, Any]) -> list[Score]:
+    """Return the scores of a result.json; null, where a metric is not defined, is NaN."""
+    return [
+        Score(**{**one, "values": {name: math.nan if v is None else v for name, v in one["values"].items()}})
+        for one in content["scores"]
+    ]
+
+
+def place_values(contents: Sequence[Mapping[str, Any]], metric: str, *, at_home: bool) -> Values:
+    """Return a metric at the hospitals' own scans, or at scans of others."""
+    found: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for content in contents:
+        sites = {int(one["name"][7:10]): one["name"] for one in content["study"]["sites"]}
+        for score in read_scores(content):
+            if ("own" in place_of(score, sites)) if at_home else (place_of(score, sites) != ("own",)):
+                hospital = score.case.split("_")[1]
+                found[score.arm][hospital][score.seed].append(value_of(score, metric))
+    return {
+        arm: {
+            hospital: {seed: _mean(several) for seed, several in sorted(seeds.items())}
+            for hospital, seeds in sorted(hospitals.items(), key=lambda item: CORD_SITES.index(item[0]))
+        }
+        for arm, hospitals in found.items()
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.nanmean(values)) if any(not math.isnan(one) for one in values) else math.nan
+
+
+def table(values: Values, digits: int) -> Iterator[str]:
+    """Yield the lines of a table: arms, hospitals, their mean, each seed, the weakest hospital."""
+    hospitals = list(next(iter(values.values())))
+    yield f"| arm | {' | '.join(hospitals)} | mean | each seed |"
+    yield "|---" * (len(hospitals) + 3) + "|"
+    for arm, found in values.items():
+        means = [_mean(list(found[hospital].values())) for hospital in hospitals]
+        seeds = [_mean([found[hospital][seed] for hospital in hospitals]) for seed in found[hospitals[0]]]
+        cells = [f"{one:.{digits}f}" for one in (*means, _mean(means))]
+        yield f"| {' | '.join([arm, *cells])} | {', '.join(f'{one:.{digits}f}' for one in seeds)} |"
+
+
+def differences(values: Values, reference: str) -> Iterator[str]:
+    """Yield the lines of a table: every arm against one of them, with signed-rank tests over hospitals."""
+    cases: CaseValues = {
+        arm: {0: {hospital: _mean(list(seeds.values())) for hospital, seeds in found.items()}}
+        for arm, found in values.items()
+    }
+    yield "| arm | difference | hospitals above | p | p (Holm) | mean (95 % interval) |"
+    yield "|---" * 6 + "|"
+    for one in compare_arms(cases, [reference]):
+        above = sum(cases[one.arm][0][name] > cases[reference][0][name] for name in cases[reference][0])
+        mean = estimate_mean(cases[one.arm])
+        yield (
+            f"| {one.arm} | {one.difference:+.3f} | {above} of {one.num_cases} | {one.p:.2g} | {one.p_holm:.2g} "
+            f"| {mean.mean:.3f} ({mean.low:.3f} to {mean.high:.3f}) |"
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", default=KNOWN)
+    parser.add_argument("--reference", default="alone", help="arm that the others are compared with")
+    arguments = parser.parse_args(argv)
+    contents = [json.loads((arguments.folder / f"{name}.json").read_text(encoding="utf-8")) for name in STUDIES]
+    for metric, digits in (("Dice", 3), ("HD95", 2)):
+        for at_home, title in ((True, "at home"), (False, "at other hospitals")):
+            values = place_values(contents, metric, at_home=at_home)
+            print(f"\n{metric} {title}:\n", *table(values, digits), sep="\n")
+            if metric == "Dice" and not at_home:
+                print(f"\nAgainst {arguments.reference}:\n", *differences(values, arguments.reference), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
