@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from nnunetv2.comparison.scores import PLACES, Place
@@ -21,10 +22,9 @@ def conclude(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) ->
     told = []
     for place, several in comparisons.items():
         ours = [one for one in several if one.arm in federated]
-        mixed = [one for one in ours if one.is_beyond_chance and not one.is_shown]
         parts = [
             *(_sentence(one) for one in ours if one.is_shown),
-            *(_contradiction(one) for one in mixed),
+            *(_objection(one) for one in ours if one.is_beyond_chance and not one.is_shown),
             *_pairs("no difference is shown between", (o for o in ours if o.is_tested and not o.is_beyond_chance)),
             *_pairs("there are too few cases to compare", (one for one in ours if not one.is_tested)),
         ]
@@ -37,15 +37,16 @@ def conclude(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) ->
 
 def _sentence(one: Comparison) -> str:
     word = "better" if one.difference > 0 else "worse"
-    return f"{one.arm} is {word} than {one.reference} ({one.difference:+.3f} Dice)"
+    return f"{one.arm} is {word} than {one.reference} ({_size(one)})"
 
 
-def _contradiction(one: Comparison) -> str:
-    ranks_say, mean_says = ("better", "worse") if one.tendency > 0 else ("worse", "better")
-    return (
-        f"{one.arm} is {ranks_say} than {one.reference} by the ranks of the cases and not in the mean "
-        f"({one.difference:+.3f} Dice): look at the cases in which it is far {mean_says}"
-    )
+def _objection(one: Comparison) -> str:
+    return f"between {one.arm} and {one.reference} ({_size(one)}) nothing is shown, as {one.objection}"
+
+
+def _size(one: Comparison) -> str:
+    interval = "" if math.isnan(one.low) else f", {one.low:+.3f} to {one.high:+.3f}"
+    return f"{one.difference:+.3f} Dice{interval}"
 
 
 def _pairs(words: str, several: Iterable[Comparison]) -> list[str]:
@@ -60,12 +61,13 @@ def _list(names: Sequence[str]) -> str:
 def _reservations(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) -> list[str]:
     reservations = []
     for place, several in comparisons.items():
-        num_cases = max((one.num_cases for one in several), default=FEW_CASES)
+        num_cases = min((one.fewest_cases for one in several), default=FEW_CASES)
         if num_cases < FEW_CASES:
             reservations.append(
-                f"With {num_cases} test cases {PLACES[place]}, only large differences can be shown: none shown does "
-                "not mean none."
+                f"With {num_cases} test case{'' if num_cases == 1 else 's'} of a site {PLACES[place]}, only large "
+                "differences can be shown: none shown does not mean none."
             )
+    reservations.append("Intervals and p are about other test cases, not about other trainings: look at the seeds.")
     if study.seeds < FEW_SEEDS:
         reservations.append(
             f"With {study.seeds} training{'s' if study.seeds > 1 else ''} of each kind, chance of the training "

@@ -22,6 +22,7 @@ from nnunetv2.comparison.scores import (
     CaseValues,
     Place,
     Score,
+    count_undefined,
     matrix,
     means_per_seed,
     values_per_case,
@@ -37,7 +38,7 @@ from nnunetv2.utilities.durations import format_duration
 
 REPORT, TABLE, RESULT = "report.html", "table.md", "result.json"
 NUM_WORST = 10
-UNITS = {"Dice": "", "HD95": " (mm)", "SurfaceDice": ""}
+FORMATS_WITHOUT_SPACING = frozenset({".png", ".bmp"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +51,8 @@ class Findings:
     """Place and metric -> value per arm and case."""
     estimates: Mapping[tuple[Place, str], Mapping[str, Mapping[int | None, Estimate]]]
     """Place and metric -> arm -> number of the dataset, or None for the mean of all, -> estimate."""
+    undefined: Mapping[tuple[Place, str], Mapping[str, int]]
+    """Place and metric -> arm -> number of values that are not defined, and left out."""
     comparisons: Mapping[Place, Sequence[Comparison]]
     """Of Dice, with each place's correction."""
     seeds: Mapping[Place, Mapping[str, Mapping[int, float]]]
@@ -74,11 +77,19 @@ def find(study: Study, scores: Sequence[Score], costs: Mapping[str, Sequence[Map
         values=values,
         estimates={key: _estimate(arms) for key, arms in values.items()},
         comparisons={
-            place: compare_arms(arms, references) for (place, metric), arms in values.items() if metric == "Dice"
+            place: compare_arms(arms, references, _values_of_seeds(scores, sites, place))
+            for (place, metric), arms in values.items()
+            if metric == "Dice"
         },
+        undefined={key: count_undefined(scores, sites, *key) for key in values},
         seeds={place: means_per_seed(scores, sites, place, "Dice") for place in PLACES},
         costs=costs,
     )
+
+
+def _values_of_seeds(scores: Sequence[Score], sites: Mapping[int, str], place: Place) -> list[CaseValues]:
+    seeds = sorted({score.seed for score in scores})
+    return [values_per_case((one for one in scores if one.seed == seed), sites, place, "Dice") for seed in seeds]
 
 
 def _estimate(arms: CaseValues) -> dict[str, dict[int | None, Estimate]]:
@@ -151,10 +162,12 @@ def as_markdown(findings: Findings) -> str:
             [arm, *(" ".join(_in_words(estimates.get(number), metric)).strip() for number in columns)]
             for arm, estimates in arms.items()
         ]
-        parts.append(f"{metric}{UNITS[metric]} {PLACES[place]}\n\n{_markdown_table(head, rows)}")
+        parts.append(f"{metric}{_unit(findings.study, metric)} {PLACES[place]}\n\n{_markdown_table(head, rows)}")
+        if missing := _undefined_in_words(findings.undefined[place, metric]):
+            parts.append(missing)
     for place, comparisons in findings.comparisons.items():
         rows = [[one.arm, one.reference, *_told(one)] for one in comparisons]
-        head = ["arm", "against", "difference in Dice", "cases", "p", "p (Holm)"]
+        head = ["arm", "against", *COLUMNS]
         parts.append(f"Paired differences {PLACES[place]}\n\n{_markdown_table(head, rows)}")
     return "\n\n".join(parts) + "\n"
 
@@ -164,20 +177,47 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def _told(one: Comparison) -> tuple[str, str, str, str]:
-    return f"{one.difference:+.4f}", str(one.num_cases), _p(one.p), _p(one.p_holm)
+COLUMNS = ("difference in Dice", "95 % interval", "in each seed", "cases", "p", "p (Holm)", "shown")
+
+
+def _told(one: Comparison) -> tuple[str, ...]:
+    """Return the cells of a comparison: those of `COLUMNS`."""
+    return (
+        f"{one.difference:+.4f}",
+        "-" if math.isnan(one.low) else f"{one.low:+.3f} to {one.high:+.3f}",
+        ", ".join(f"{seed:+.3f}" for seed in one.per_seed) or "-",
+        str(one.num_cases),
+        _p(one.p),
+        _p(one.p_holm),
+        _verdict(one),
+    )
 
 
 def _verdict(one: Comparison) -> str:
     if not one.is_tested:
         return "-"
-    if one.is_beyond_chance and not one.is_shown:
-        return "ranks against the mean"
+    if one.is_beyond_chance and one.objection:
+        return f"no: {one.objection}"
     return "yes" if one.is_shown else "no"
+
+
+def _undefined_in_words(counts: Mapping[str, int]) -> str:
+    """Return a sentence on the values that are left out; empty if there are none."""
+    several = ", ".join(f"{count} of {arm}" for arm, count in counts.items() if count)
+    return several and (
+        f"Values left out, as nothing is predicted (or nothing is there): {several}. An arm that misses more can look "
+        "better here."
+    )
 
 
 def _p(value: float) -> str:
     return "too few cases" if math.isnan(value) else f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
+
+
+def _unit(study: Study, metric: str) -> str:
+    if metric not in LOWER_IS_BETTER:
+        return ""
+    return " (pixels)" if study.sites[0].description()["file_ending"] in FORMATS_WITHOUT_SPACING else " (mm)"
 
 
 def _in_words(estimate: Estimate | None, metric: str) -> tuple[str, str]:
@@ -244,9 +284,11 @@ def _overview(findings: Findings) -> str:
     return (
         f"<h2>Mean Dice</h2><div class='wide'><table><thead><tr><th>model</th>{head}</tr></thead><tbody>{''.join(rows)}"
         "</tbody></table></div><p class='quiet'>In this table and those below: mean over cases, with its 95 % interval "
-        "(bootstrap over cases; each case with the mean of its seeds). The best of a column is underlined. A dash "
-        "stands where a metric is not defined, as a distance is without a prediction. Dice and surface Dice are 1 "
-        "where neither reference nor prediction have a class.</p>"
+        "(bootstrap over cases; each case with the mean of its seeds; none with fewer than six cases). Models that "
+        "were trained together or on pooled scans have seen the other sites' training scans, models of one site have "
+        "not: only hospitals that nobody trained on tell how a model does at a new one. The best of a column is "
+        "underlined. A dash stands where a metric is not defined, as a distance is without a prediction. Dice and "
+        "surface Dice are 1 where neither reference nor prediction have a class.</p>"
     )
 
 
@@ -264,9 +306,10 @@ def _table(findings: Findings, place: Place, metric: str) -> str:
         for number in columns
     )
     return (
-        f"<h2>{metric}{UNITS[metric]} {PLACES[place]}</h2><div class='wide'><table><thead><tr><th>arm</th>{head}"
-        f"<th>mean of these</th></tr></thead><tbody>{''.join(rows)}<tr class='quiet'><th scope='row'>cases</th>{counts}"
-        "</tr></tbody></table></div>"
+        f"<h2>{metric}{_unit(findings.study, metric)} {PLACES[place]}</h2><div class='wide'><table><thead><tr>"
+        f"<th>arm</th>{head}<th>mean of these</th></tr></thead><tbody>{''.join(rows)}"
+        f"<tr class='quiet'><th scope='row'>cases</th>{counts}"
+        f"</tr></tbody></table></div><p class='quiet'>{_undefined_in_words(findings.undefined[place, metric])}</p>"
     )
 
 
@@ -290,24 +333,24 @@ def _differences(findings: Findings) -> str:
             continue
         rows = "".join(
             f"<tr><th scope='row'>{escape(one.arm)} against {escape(one.reference)}</th>"
-            + "".join(f"<td>{cell}</td>" for cell in _told(one))
-            + f"<td>{_verdict(one)}</td></tr>"
+            + "".join(f"<td>{escape(cell)}</td>" for cell in _told(one))
+            + "</tr>"
             for one in comparisons
         )
+        head = "".join(f"<th>{column}</th>" for column in COLUMNS)
         parts.append(
-            f"<h3>{PLACES[place].capitalize()}</h3><div class='wide'><table><thead><tr><th>arms</th><th>difference "
-            "in Dice</th>"
-            "<th>cases</th><th>p</th><th>p (Holm)</th><th>beyond chance</th></tr></thead><tbody>"
-            f"{rows}</tbody></table></div>"
+            f"<h3>{PLACES[place].capitalize()}</h3><div class='wide'><table><thead><tr><th>arms</th>{head}</tr></thead>"
+            f"<tbody>{rows}</tbody></table></div>"
         )
     if not parts:
         return ""
     return (
-        "<h2>Paired differences</h2><p class='quiet'>Differences are the mean of the sites' means, as in the tables. "
-        "Two-sided Wilcoxon signed-rank test on the same cases, corrected for the number of comparisons of each place "
-        "(Holm). It ranks the cases by the size of their difference and adds up the ranks for and against an arm; "
-        "where these contradict the mean, the last column says so. Cases of one patient are not independent of each "
-        "other: if there are such, "
+        "<h2>Paired differences</h2><p class='quiet'>Differences are the mean of the sites' means, as in the tables: "
+        "every site counts alike. Their intervals come from a bootstrap over pairs. p is of a two-sided Wilcoxon "
+        "signed-rank test of all pairs, corrected for the number of comparisons of each place (Holm): there, a site "
+        "with many cases counts more. A difference counts as shown if the corrected p is below 0.05, the ranks have "
+        "its sign, its interval does not hold 0, and all seeds agree on its sign. Cases of one patient are not "
+        "independent of each other: if there are such, "
         f"the true p is larger.</p>{''.join(parts)}"
     )
 
@@ -347,7 +390,7 @@ def _boxes(findings: Findings) -> str:
         }
         upper = None if metric in LOWER_IS_BETTER else 1.0
         plots = draw_box_plots(rows, upper)
-        parts.append(f"<h3>{metric}{UNITS[metric]} {PLACES[place]}</h3><div class='wide'>{plots}</div>")
+        parts.append(f"<h3>{metric}{_unit(findings.study, metric)} {PLACES[place]}</h3><div class='wide'>{plots}</div>")
     return f"<h2>All cases</h2>{''.join(parts)}"
 
 

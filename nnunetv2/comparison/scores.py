@@ -120,6 +120,16 @@ def values_per_case(scores: Iterable[Score], sites: Mapping[int, str], place: Pl
     return result
 
 
+def count_undefined(scores: Iterable[Score], sites: Mapping[int, str], place: Place, metric: str) -> dict[str, int]:
+    """Count for each arm the values of a metric that are not defined though the class is there, or is predicted."""
+    counts: dict[str, int] = defaultdict(int)
+    for score in scores:
+        if place in place_of(score, sites):
+            is_missing = math.isnan(score.values[metric]) and not math.isnan(score.values["Dice"])
+            counts[score.arm] += is_missing
+    return dict(counts)
+
+
 def means_per_seed(
     scores: Sequence[Score], sites: Mapping[int, str], place: Place, metric: str
 ) -> dict[str, dict[int, float]]:

@@ -112,7 +112,7 @@ def test_a_report_holds_every_number_and_no_external_asset(tmp_path):
     assert shown["other", "ffe", "alone"]["difference"] == pytest.approx(0.2)
     assert shown["other", "ffe", "alone"]["p_holm"] < 0.001 and shown["own", "pooled", "alone"]["num_cases"] == 16
     table = (folder.path / TABLE).read_text()
-    assert "| ffe | pooled | -0.1000 | 16 |" in table
+    assert "| ffe | pooled | -0.1000 | -0.100 to -0.100 | -0.100, -0.100 | 16 |" in table
 
 
 def test_an_arm_without_a_distance_at_a_site_has_a_gap_there(tmp_path):
@@ -127,7 +127,10 @@ def test_an_arm_without_a_distance_at_a_site_has_a_gap_there(tmp_path):
     table = (folder.path / TABLE).read_text().partition("HD95 (mm) at its own site")[2]
     row = next(line for line in table.splitlines() if line.startswith("| alone |"))
     assert [cell.strip() == "-" for cell in row.strip("| ").split(" | ")] == [False, False, True, True]
-    assert "<td>-<small>" in (folder.path / REPORT).read_text()
+    page = (folder.path / REPORT).read_text()
+    assert "<td>-<small>" in page
+    missed = "Values left out, as nothing is predicted (or nothing is there): 16 of alone."
+    assert missed in page and missed in table
 
 
 def test_the_worst_case_may_have_dots_in_its_name(tmp_path):
@@ -142,23 +145,34 @@ def test_the_conclusion_names_what_is_shown_and_what_is_not(tmp_path):
     def one(arm, reference, difference, p, tendency=0.0):
         sign = tendency or difference
         return Comparison(
-            arm=arm, reference=reference, difference=difference, tendency=sign, num_cases=12, p=p, p_holm=p
+            arm=arm,
+            reference=reference,
+            difference=difference,
+            low=difference - 0.04,
+            high=difference + 0.04,
+            tendency=sign,
+            num_cases=12,
+            fewest_cases=4,
+            p=p,
+            p_holm=p,
         )
 
     study = make_study(tmp_path, seeds=1)
     several = [one("pooled", "alone", 0.3, 0.001), one("ffe", "alone", 0.2, 0.001), one("ffe", "pooled", -0.1, 0.3)]
     text = conclude(study, {"own": several})
-    assert "At its own site: ffe is better than alone (+0.200 Dice); no difference" in text
+    assert "At its own site: ffe is better than alone (+0.200 Dice, +0.160 to +0.240); no difference" in text
     assert "no difference is shown between ffe and pooled" in text
     assert (
-        "With 12 test cases at its own site" in text and "With 1 training of each kind" in text and "--seeds 3" in text
+        "With 4 test cases of a site at its own site" in text
+        and "With 1 training of each kind" in text
+        and "--seeds 3" in text
     )
+    assert "not about other trainings: look at the seeds" in text
     contradiction = conclude(study, {"own": [one("ffe", "alone", -0.05, 0.001, tendency=3.0)]})
-    assert "ffe is better than alone by the ranks of the cases and not in the mean (-0.050 Dice)" in contradiction
-    assert "in which it is far worse" in contradiction
+    assert "between ffe and alone (-0.050 Dice, -0.090 to -0.010) nothing is shown, as the ranks" in contradiction
     untested = conclude(study, {"own": several, "external": [one("ffe", "alone", -0.3, math.nan)]})
     assert "At hospitals that nobody trained on: there are too few cases to compare ffe and alone." in untested
-    assert "With 12 test cases at hospitals that nobody trained on, only large" in untested
+    assert "With 4 test cases of a site at hospitals that nobody trained on, only large" in untested
     assert "nothing is compared" in conclude(make_study(tmp_path, arms=("alone",)), {"own": []})
 
 
