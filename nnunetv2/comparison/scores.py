@@ -121,7 +121,10 @@ def values_per_case(scores: Iterable[Score], sites: Mapping[int, str], place: Pl
 
 
 def count_undefined(scores: Iterable[Score], sites: Mapping[int, str], place: Place, metric: str) -> dict[str, int]:
-    """Count for each arm the values of a metric that are not defined though the class is there, or is predicted."""
+    """Count each arm's values of a metric that are not defined.
+
+    Cases without the class, in which nothing is predicted, do not count.
+    """
     counts: dict[str, int] = defaultdict(int)
     for score in scores:
         if place in place_of(score, sites):
