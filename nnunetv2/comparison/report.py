@@ -262,8 +262,9 @@ def _summary(findings: Findings) -> str:
     arms = "".join(
         f"<li><b>{escape(arm.name)}</b>: {escape(arm.describe(len(study.sites)))}</li>" for arm in study.arms
     )
+    paragraphs = "".join(f"<p>{escape(one)}</p>" for one in conclude(study, findings.comparisons).split("\n\n"))
     return (
-        f"<p class='conclusion'>{escape(conclude(study, findings.comparisons))}</p>"
+        f"<div class='conclusion'>{paragraphs}</div>"
         f"<p>{len(study.sites)} sites, {len(tested)} test cases, {study.seeds} trainings of each kind (seeds), "
         f"{study.epochs} epochs of {study.iterations} iterations, configuration {escape(study.configuration)}.</p>"
         f"<ul>{arms}</ul>"

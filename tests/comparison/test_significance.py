@@ -30,7 +30,10 @@ def test_corrected_values_keep_their_order_and_never_get_smaller(p_values):
 
 def test_the_mean_counts_every_dataset_the_same_and_lies_in_its_interval():
     rng = np.random.default_rng(0)
-    datasets = {1: {f"a{n}": float(x) for n, x in enumerate(rng.normal(0.8, 0.1, 60))}, 2: {"b": 0.5, "c": 0.7, "d": 0.6}}
+    datasets = {
+        1: {f"a{n}": float(x) for n, x in enumerate(rng.normal(0.8, 0.1, 60))},
+        2: {"b": 0.5, "c": 0.7, "d": 0.6},
+    }
     estimate = estimate_mean(datasets)
     assert estimate.mean == pytest.approx((np.mean(list(datasets[1].values())) + 0.6) / 2)
     assert estimate.low < estimate.mean < estimate.high and estimate.num_cases == 63
