@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.studies import CORD_SITES, KNOWN
 from nnunetv2.comparison.scores import CaseValues, Score, place_of, value_of
-from nnunetv2.comparison.significance import compare_arms, estimate_mean
+from nnunetv2.comparison.significance import compare_arms
 
 STUDIES = ("spinalcord-1", "spinalcord-2")
 Values = Mapping[str, Mapping[str, Mapping[int, float]]]
@@ -73,20 +73,32 @@ def table(values: Values, digits: int) -> Iterator[str]:
 
 
 def differences(values: Values, reference: str) -> Iterator[str]:
-    """Yield the lines of a table: every arm against one of them, with signed-rank tests over hospitals."""
-    cases: CaseValues = {
-        arm: {0: {hospital: _mean(list(seeds.values())) for hospital, seeds in found.items()}}
+    """Yield the lines of a table: every arm against one of them, a hospital as a case."""
+    seeds = sorted({seed for found in values.values() for several in found.values() for seed in several})
+    per_seed: list[CaseValues] = [
+        {
+            arm: {0: {name: several[seed] for name, several in found.items() if seed in several}}
+            for arm, found in values.items()
+        }
+        for seed in seeds
+    ]
+    means: CaseValues = {
+        arm: {0: {name: _mean(list(several.values())) for name, several in found.items()}}
         for arm, found in values.items()
     }
-    yield "| arm | difference | hospitals above | p | p (Holm) | mean (95 % interval) |"
+    yield "| arm | difference (95 % interval) | in each seed | hospitals above | p | p (Holm) |"
     yield "|---" * 6 + "|"
-    for one in compare_arms(cases, [reference]):
-        above = sum(cases[one.arm][0][name] > cases[reference][0][name] for name in cases[reference][0])
-        mean = estimate_mean(cases[one.arm])
-        yield (
-            f"| {one.arm} | {one.difference:+.3f} | {above} of {one.num_cases} | {one.p:.2g} | {one.p_holm:.2g} "
-            f"| {mean.mean:.3f} ({mean.low:.3f} to {mean.high:.3f}) |"
+    for one in compare_arms(means, [reference], per_seed):
+        above = sum(means[one.arm][0][name] > means[reference][0][name] for name in means[reference][0])
+        cells = (
+            one.arm,
+            f"{one.difference:+.3f} ({one.low:+.3f} to {one.high:+.3f})",
+            ", ".join(f"{seed:+.3f}" for seed in one.per_seed),
+            f"{above} of {one.num_cases}",
+            "too few" if math.isnan(one.p) else f"{one.p:.3f}",
+            "too few" if math.isnan(one.p_holm) else f"{one.p_holm:.3f}",
         )
+        yield f"| {' | '.join(cells)} |"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -94,13 +106,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, nargs="?", default=KNOWN)
     parser.add_argument("--reference", default="alone", help="arm that the others are compared with")
+    parser.add_argument("--arms", nargs="+", help="arms of the tables (default: all); each comparison costs power")
     arguments = parser.parse_args(argv)
     contents = [json.loads((arguments.folder / f"{name}.json").read_text(encoding="utf-8")) for name in STUDIES]
     for metric, digits in (("Dice", 3), ("HD95", 2)):
         for at_home, title in ((True, "at home"), (False, "at other hospitals")):
             values = place_values(contents, metric, at_home=at_home)
+            values = {arm: values[arm] for arm in arguments.arms or values}
             print(f"\n{metric} {title}:\n", *table(values, digits), sep="\n")
-            if metric == "Dice" and not at_home:
+            if metric == "Dice" and not at_home and len(values) > 1:
                 print(f"\nAgainst {arguments.reference}:\n", *differences(values, arguments.reference), sep="\n")
     return 0
 

@@ -26,7 +26,7 @@ figure img{width:100%;image-rendering:pixelated;border:1px solid var(--line);bac
 svg{width:100%;max-width:1000px;height:auto;font-size:12px}svg text{fill:currentColor}
 @media(max-width:600px){svg{min-width:460px;font-size:18px}}details{margin-top:2rem}
 pre{overflow:auto;font-size:.8rem}
-@media print{body{max-width:none;padding:0;font-size:10pt;color-scheme:light}.wide{overflow:visible}td{white-space:normal}
- h2,h3{break-after:avoid}tr,svg{break-inside:avoid}td small{white-space:normal}
+@media print{body{max-width:none;padding:0;font-size:10pt;color-scheme:light}.wide{overflow:visible}
+ td{white-space:normal}h2,h3{break-after:avoid}tr,svg{break-inside:avoid}td small{white-space:normal}
  .matrix td,.figures img{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
