@@ -62,10 +62,12 @@ def _mean(values: Sequence[float]) -> float:
 
 def table(values: Values, digits: int) -> Iterator[str]:
     """Yield the lines of a table: arms, hospitals, their mean, each seed, the weakest hospital."""
-    hospitals = list(next(iter(values.values())))
+    hospitals = [name for name in CORD_SITES if any(name in found for found in values.values())]
     yield f"| arm | {' | '.join(hospitals)} | mean | each seed |"
     yield "|---" * (len(hospitals) + 3) + "|"
     for arm, found in values.items():
+        if missing := set(hospitals) - found.keys():
+            raise SystemExit(f"arm {arm} is not in both studies (nothing of {', '.join(sorted(missing))}): name --arms")
         means = [_mean(list(found[hospital].values())) for hospital in hospitals]
         seeds = [_mean([found[hospital][seed] for hospital in hospitals]) for seed in found[hospitals[0]]]
         cells = [f"{one:.{digits}f}" for one in (*means, _mean(means))]
