@@ -22,10 +22,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.studies import CORD_SITES, KNOWN
-from nnunetv2.comparison.scores import CaseValues, Score, place_of, value_of
+from nnunetv2.comparison.scores import CaseValues, Place, Score, place_of, value_of
 from nnunetv2.comparison.significance import compare_arms
 
 STUDIES = ("spinalcord-1", "spinalcord-2")
+PLACES: Mapping[str, tuple[Place, ...]] = {
+    "at home": ("own",),
+    "at other hospitals": ("other", "external"),
+    "at hospitals that nobody trained on": ("external",),
+}
 Values = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Arm -> hospital -> seed -> mean over models and studies."""
 
@@ -38,8 +43,8 @@ def read_scores(content: Mapping[str, Any]) -> list[Score]:
     ]
 
 
-def place_values(contents: Sequence[Mapping[str, Any]], metric: str, *, at_home: bool) -> Values:
-    """Return a metric at the hospitals' own scans, or at scans of others.
+def place_values(contents: Sequence[Mapping[str, Any]], metric: str, places: Sequence[Place]) -> Values:
+    """Return a metric at the scans of some places.
 
     Trainings that only one study has are left out.
     """
@@ -49,9 +54,7 @@ def place_values(contents: Sequence[Mapping[str, Any]], metric: str, *, at_home:
     for content, scores in zip(contents, several):
         sites = {int(one["name"][7:10]): one["name"] for one in content["study"]["sites"]}
         for score in scores:
-            is_at_home = "own" in place_of(score, sites)
-            is_wanted = is_at_home if at_home else place_of(score, sites) != ("own",)
-            if is_wanted and (score.arm, score.seed) in in_all:
+            if set(place_of(score, sites)) & set(places) and (score.arm, score.seed) in in_all:
                 hospital = score.case.split("_")[1]
                 found[score.arm][hospital][score.seed].append(value_of(score, metric))
     return {
@@ -117,11 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     contents = [json.loads((arguments.folder / f"{name}.json").read_text(encoding="utf-8")) for name in STUDIES]
     for metric, digits in (("Dice", 3), ("HD95", 2)):
-        for at_home, title in ((True, "at home"), (False, "at other hospitals")):
-            values = place_values(contents, metric, at_home=at_home)
+        for title, places in PLACES.items():
+            values = place_values(contents, metric, places)
             values = {arm: values[arm] for arm in arguments.arms or values}
             print(f"\n{metric} {title}:\n", *table(values, digits), sep="\n")
-            if metric == "Dice" and not at_home and len(values) > 1:
+            if metric == "Dice" and "other" in places and len(values) > 1:
                 print(f"\nAgainst {arguments.reference}:\n", *differences(values, arguments.reference), sep="\n")
     return 0
 
