@@ -14,9 +14,9 @@ FEW_SEEDS = 3
 
 
 def conclude(study: Study, comparisons: Mapping[Place, Sequence[Comparison]]) -> str:
-    """Return a few sentences for readers, in paragraphs: one of each place, and one of the reservations.
+    """Return a few sentences for readers.
 
-    They say which federated arms differ from which others, and where.
+    They say which federated arms differ from which others: a paragraph for each place, and one of the reservations.
     """
     federated = {arm.name for arm in study.arms if arm.is_federated}
     told = []
