@@ -114,8 +114,23 @@ WHOLE_IMAGES_2D: Mapping[str, Any] = {**SMALL_2D, "spacing": [2.0, 2.0]}
 COARSE_IMAGES_2D: Mapping[str, Any] = {**SMALL_2D, "patch_size": [64, 64], "spacing": [4.0, 4.0]}
 """The same at a quarter of the resolution: a third of the time, for the many arms that differ in one switch."""
 
-VESSELS_2D: Mapping[str, Any] = {**SMALL_2D, "batch_size": 2, "spacing": [2.0, 2.0]}
-"""Vessels are two to four pixels wide at half the resolution."""
+_STAGES = 6
+VESSELS_2D: Mapping[str, Any] = {
+    **SMALL_2D,
+    "batch_size": 2,
+    "spacing": [2.0, 2.0],
+    "architecture": {
+        "arch_kwargs": {
+            "n_stages": _STAGES,
+            "features_per_stage": [8, 16, 32, 64, 64, 64],
+            "kernel_sizes": [[3, 3]] * _STAGES,
+            "strides": [[1, 1]] + [[2, 2]] * (_STAGES - 1),
+            "n_conv_per_stage": [2] * _STAGES,
+            "n_conv_per_stage_decoder": [2] * (_STAGES - 1),
+        }
+    },
+}
+"""At half resolution, vessels are two to four pixels wide. Networks planned for these images have 8 and 9 stages."""
 
 CORD_2D: Mapping[str, Any] = {**SMALL_2D, "batch_size": 2, "patch_size": [64, 64], "spacing": [0.75, 0.75]}
 """48 mm around the cord, which is 12 mm wide."""
