@@ -24,6 +24,7 @@ import numpy as np
 from benchmarks.studies import CORD_SITES, KNOWN
 from nnunetv2.comparison.scores import CaseValues, Place, Score, place_of, value_of
 from nnunetv2.comparison.significance import compare_arms
+from nnunetv2.utilities.dataset_name_id_conversion import convert_dataset_name_to_id
 
 STUDIES = ("spinalcord-1", "spinalcord-2")
 PLACES: Mapping[str, tuple[Place, ...]] = {
@@ -35,7 +36,7 @@ Values = Mapping[str, Mapping[str, Mapping[int, float]]]
 """Arm -> hospital -> seed -> mean over models and studies."""
 
 
-def read_scores(content: Mapping[str, Any]) -> list[Score]:
+def scores_of(content: Mapping[str, Any]) -> list[Score]:
     """Return the scores of a result.json; null, where a metric is not defined, is NaN."""
     return [
         Score(**{**one, "values": {name: math.nan if v is None else v for name, v in one["values"].items()}})
@@ -48,11 +49,11 @@ def place_values(contents: Sequence[Mapping[str, Any]], metric: str, places: Seq
 
     Trainings that only one study has are left out.
     """
-    several = [read_scores(content) for content in contents]
+    several = [scores_of(content) for content in contents]
     in_all = set.intersection(*({(one.arm, one.seed) for one in scores} for scores in several))
     found: dict[str, dict[str, dict[int, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for content, scores in zip(contents, several):
-        sites = {int(one["name"][7:10]): one["name"] for one in content["study"]["sites"]}
+        sites = {convert_dataset_name_to_id(one["name"]): one["name"] for one in content["study"]["sites"]}
         for score in scores:
             if set(place_of(score, sites)) & set(places) and (score.arm, score.seed) in in_all:
                 hospital = score.case.split("_")[1]

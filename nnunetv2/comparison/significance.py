@@ -100,7 +100,7 @@ def _estimate(samples: Sequence[np.ndarray], seed: int = 0) -> Estimate:
     from scipy.stats import bootstrap
 
     num_cases = sum(map(len, samples))
-    mean = float(np.mean([sample.mean() for sample in samples])) if samples else math.nan
+    mean = _mean_of_means(samples)
     if num_cases < LEAST_CASES or min(map(len, samples)) < LEAST_CASES_OF_A_DATASET:
         return Estimate(mean=mean, low=math.nan, high=math.nan, num_cases=num_cases)
     if all(np.ptp(sample) == 0 for sample in samples):
@@ -123,6 +123,10 @@ def _estimate(samples: Sequence[np.ndarray], seed: int = 0) -> Estimate:
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Estimate(mean=mean, low=float(interval.low), high=float(interval.high), num_cases=num_cases)
+
+
+def _mean_of_means(samples: Sequence[np.ndarray]) -> float:
+    return float(np.mean([sample.mean() for sample in samples])) if samples else math.nan
 
 
 def compare_arms(
@@ -161,7 +165,7 @@ def _compare(
         p = 1.0
     else:
         p = float(wilcoxon(differences, zero_method="pratt").pvalue)
-    seeds = [_estimate(_paired_differences(one, arm, reference)).mean for one in per_seed]
+    seeds = [_mean_of_means(_paired_differences(one, arm, reference)) for one in per_seed]
     return Comparison(
         arm=arm,
         reference=reference,
